@@ -1,0 +1,23 @@
+# make notebook [EPOCHS=100 DATA=auto ...]   execute S8.ipynb in place; any parameter of its first code cell
+# make test                                  pass the tests
+
+PYTHON ?= python3
+# The parameters are the variables given on make's command line, whatever they are called: the notebook refuses unknown ones.
+PARAMETERS = $(filter-out PYTHON=%,$(MAKEOVERRIDES))
+
+notebook: .venv/installed
+	@.venv/bin/python run_notebook.py $(PARAMETERS)
+
+test: .venv/installed
+	@.venv/bin/python -m pytest
+
+.venv/installed: requirements.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: apt-get install python3 python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "Python 3.11 to 3.13 is needed, $$($(PYTHON) -V) was found: name another, make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check --progress-bar on -r requirements.txt
+	@touch $@
+
+.PHONY: notebook test
