@@ -1,0 +1,94 @@
+"""Net: a CIFAR-10 classifier of 193,535 parameters, without pooling between its layers.
+
+Every stage does three things in turn: it mixes channels cheaply (a depthwise 3x3, then a pointwise
+1x1 convolution), looks far (two 3x3 convolutions with dilation 2), and shrinks the map (a 3x3
+convolution with stride 2; stride 1 in the last stage). After each of these four come ReLU, batch
+norm and dropout, in that order. No convolution has a bias: the batch norms carry the offsets.
+
+    stage   channels   map in    map out   parameters   receptive field at its end
+    1       3 -> 32    32 x 32   16 x 16       28,027     13 px
+    2       32 -> 40   16 x 16     8 x 8       45,088     37 px
+    3       40 -> 44     8 x 8     4 x 4       54,744     85 px
+    4       44 -> 48     4 x 4     4 x 4       65,100    181 px
+    head    48 -> 10     4 x 4     1 x 1          576    (the whole map)
+
+The receptive field counts the dilation: rf_out = rf_in + (kernel - 1) * dilation * jump_in.
+
+This file needs torch and nothing else: copy it into another experiment and it works.
+
+Depthwise-separable convolution: Howard et al. 2017, MobileNets, arXiv:1704.04861.
+Dilated convolution: Yu and Koltun 2016, arXiv:1511.07122.
+Strides in place of pooling: Springenberg et al. 2015, arXiv:1412.6806.
+"""
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+WIDTHS = (32, 40, 44, 48)
+
+
+def block(dropout: float, **convolutions: nn.Conv2d) -> nn.Sequential:
+    """The named convolutions in turn, then ReLU, batch norm and dropout on the last one's output."""
+    channels = list(convolutions.values())[-1].out_channels
+    return nn.Sequential(
+        OrderedDict(
+            **convolutions,
+            relu=nn.ReLU(inplace=True),
+            norm=nn.BatchNorm2d(channels),
+            dropout=nn.Dropout(dropout),
+        )
+    )
+
+
+def stage(in_channels: int, channels: int, stride: int, dropout: float) -> nn.Sequential:
+    """One row of the table above: (N, in_channels, H, W) to (N, channels, ceil(H / stride), ceil(W / stride))."""
+
+    def conv3x3(inputs: int, outputs: int, **kwargs) -> nn.Conv2d:
+        # Padding equal to the dilation keeps the map's size at stride 1.
+        return nn.Conv2d(inputs, outputs, 3, padding=kwargs.get("dilation", 1), bias=False, **kwargs)
+
+    return nn.Sequential(
+        OrderedDict(
+            separable=block(
+                dropout,
+                depthwise=conv3x3(in_channels, in_channels, groups=in_channels),
+                pointwise=nn.Conv2d(in_channels, channels, 1, bias=False),
+            ),
+            dilated1=block(dropout, conv=conv3x3(channels, channels, dilation=2)),
+            dilated2=block(dropout, conv=conv3x3(channels, channels, dilation=2)),
+            transition=block(dropout, conv=conv3x3(channels, channels, stride=stride)),
+        )
+    )
+
+
+class Net(nn.Module):
+    """Images (N, in_channels, H, W), normalised float, H and W at least 32, to logits (N, num_classes).
+
+    Args:
+        num_classes: classes to tell apart.
+        in_channels: 3 for colour, 1 for grey, any other number for other sensors.
+        dropout: probability of zeroing an activation while training, in [0, 1); 0 costs nothing.
+            `nn.Dropout` raises ValueError outside [0, 1].
+    """
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, dropout: float = 0.0):
+        super().__init__()
+        self.stage1 = stage(in_channels, WIDTHS[0], stride=2, dropout=dropout)
+        self.stage2 = stage(WIDTHS[0], WIDTHS[1], stride=2, dropout=dropout)
+        self.stage3 = stage(WIDTHS[1], WIDTHS[2], stride=2, dropout=dropout)
+        self.stage4 = stage(WIDTHS[2], WIDTHS[3], stride=1, dropout=dropout)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.norm = nn.BatchNorm2d(WIDTHS[3])
+        self.classifier = nn.Conv2d(WIDTHS[3], num_classes, 1, bias=False)
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (N, in_channels, H, W) to pooled features (N, 48), before the last batch norm."""
+        x = self.stage4(self.stage3(self.stage2(self.stage1(x))))
+        return self.pool(x).flatten(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (N, in_channels, H, W) to logits (N, num_classes); softmax makes them probabilities."""
+        x = self.features(x)[:, :, None, None]
+        return self.classifier(self.norm(x)).flatten(1)
