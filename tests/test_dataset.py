@@ -1,0 +1,180 @@
+import functools
+import hashlib
+import http.server
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Subset
+
+import dataset
+from dataset import ASSETS, CLASSES, MEAN, STD, AlbumentationsCIFAR10, find_cifar10, train_transform
+
+
+def test_embedded_sample_is_lossless_and_balanced():
+    digests = []
+    for train, count in ((True, 200), (False, 50)):
+        sample = AlbumentationsCIFAR10(ASSETS, train=train)
+        assert sample.data.shape == (10 * count, 32, 32, 3) and sample.data.dtype == np.uint8
+        assert np.bincount(sample.targets).tolist() == [count] * 10
+        digests.append(hashlib.sha256(sample.data.tobytes()).hexdigest()[:16])
+    assert digests == ["dc47658d128215b5", "f02c6a9bda947b45"]
+    assert sum(path.stat().st_size for path in ASSETS.glob("*.webp")) < 6e6
+
+
+def test_sample_is_the_first_images_of_each_class(cifar10_root):
+    for train, count in ((True, 200), (False, 50)):
+        full, sample = (AlbumentationsCIFAR10(root, train=train) for root in (cifar10_root, ASSETS))
+        first = np.concatenate([np.flatnonzero(np.array(full.targets) == c)[:count] for c in range(10)])
+        assert np.array_equal(full.data[first], sample.data)
+        assert full.classes == list(CLASSES)
+
+
+class Plain(AlbumentationsCIFAR10):
+    """The data set as most repositories write it: Albumentations is left to draw by itself."""
+
+    def __getitem__(self, index):
+        return self.transform(image=self.data[index])["image"], self.targets[index]
+
+
+def epochs_of(images, batch_size, workers, epochs):
+    """What a loader delivers, one tensor an epoch, with workers started anew for each, as DataLoader's default is."""
+    delivered = []
+    for epoch in epochs:
+        images.set_epoch(epoch)
+        loader = DataLoader(Subset(images, range(0, 2000, 40)), batch_size, num_workers=workers)
+        delivered.append(torch.cat([batch for batch, _ in loader]))
+    return delivered
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker")  # more than this machine's cores, on purpose
+@pytest.mark.parametrize("workers, batch_size", [(1, 50), (2, 8), (4, 3)])
+def test_augmentation_follows_from_seed_epoch_and_index_alone(workers, batch_size):
+    images = AlbumentationsCIFAR10(ASSETS, transform=train_transform(), seed=3)
+    expected = epochs_of(images, 50, 0, [1, 2])
+    assert not torch.equal(*expected)
+    found = epochs_of(images, batch_size, workers, [2, 1])
+    assert torch.equal(found[1], expected[0]) and torch.equal(found[0], expected[1])
+    other_seed = AlbumentationsCIFAR10(ASSETS, transform=train_transform(), seed=4)
+    assert not torch.equal(epochs_of(other_seed, 50, 0, [1])[0], expected[0])
+
+
+def test_epochs_differ_with_real_workers_where_plain_albumentations_repeats_itself():
+    def distinct(kind):
+        """How many different pictures 2 workers make of one and the same image, 64 times in 3 epochs."""
+        images = kind(ASSETS, transform=train_transform())
+        images.data[:] = images.data[:1]
+        pictures = torch.cat([torch.cat([b for b, _ in DataLoader(Subset(images, range(64)), 8, num_workers=2)])
+                              for epoch in range(3) if images.set_epoch(epoch) is None])
+        return len({picture.numpy().tobytes() for picture in pictures})
+
+    assert distinct(AlbumentationsCIFAR10) > 185  # of 192; a few coincide by chance
+    assert distinct(Plain) <= 64  # what this test is there to tell apart
+
+
+def test_running_workers_see_the_next_epoch():
+    images = AlbumentationsCIFAR10(ASSETS, transform=train_transform())
+    loader = DataLoader(Subset(images, range(16)), 8, num_workers=2, persistent_workers=True)
+    first = torch.cat([batch for batch, _ in loader])
+    images.set_epoch(1)
+    second = torch.cat([batch for batch, _ in loader])
+    images.set_epoch(0)
+    again = torch.cat([batch for batch, _ in loader])
+    assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+def test_training_loader_visits_every_image_once_in_an_order_of_its_own_each_epoch():
+    train_set = AlbumentationsCIFAR10(ASSETS, transform=dataset.test_transform())
+    test_set = AlbumentationsCIFAR10(ASSETS, train=False, transform=dataset.test_transform())
+    train_loader, test_loader = dataset.loaders(train_set, test_set, 300, workers=0)
+    orders = []
+    for epoch in (1, 2, 1):
+        train_loader.sampler.set_epoch(epoch)
+        orders.append(list(train_loader.sampler))
+        assert sorted(orders[-1]) == list(range(2000))
+    assert orders[0] == orders[2] != orders[1]
+    assert torch.cat([targets for _, targets in test_loader]).tolist() == test_set.targets
+    with pytest.raises(ValueError, match="batch_size >= 1"):
+        dataset.loaders(train_set, test_set, -1)
+
+
+def test_damaged_file_is_named_and_nothing_deleted(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    (folder / "data_batch_1").write_bytes(b"not the published bytes")
+    with pytest.raises(ValueError, match="data_batch_1"):
+        find_cifar10(tmp_path)
+    with pytest.raises(ValueError, match="data_batch_1"):
+        AlbumentationsCIFAR10(tmp_path)
+    assert (folder / "data_batch_1").read_bytes() == b"not the published bytes"
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A folder served on loopback, the only source there is; requests for what it lacks get a 404."""
+    served = tmp_path / "served"
+    served.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=served)
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{httpd.server_port}"
+    monkeypatch.setattr(dataset, "SOURCES", (f"{address}/absent.tar.gz", f"{address}/cifar-10-python.tar.gz"))
+    yield served
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def test_without_data_or_network_the_sample_or_one_line(server, tmp_path, capsys):
+    root = tmp_path / "nowhere"
+    assert find_cifar10(root) == ASSETS
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all("404" in line for line in lines[:2]) and "embedded sample" in lines[2]
+    with pytest.raises(FileNotFoundError) as error:
+        find_cifar10(root, "full")
+    message = str(error.value)
+    assert "\n" not in message and message.count("404") == 2 and "put the folder cifar-10-batches-py" in message
+    assert find_cifar10(root, "sample") == ASSETS
+    with pytest.raises(ValueError, match="'some'"):
+        find_cifar10(root, "some")
+
+
+def test_download_comes_from_the_first_source_that_has_it(server, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    (folder / "data_batch_1").write_bytes(b"first batch")
+    archive = server / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, folder.name)
+    root = tmp_path / "root"
+    assert find_cifar10(root) == ASSETS, "other bytes than the published ones are refused"
+    assert list(root.iterdir()) == []
+    monkeypatch.setattr(dataset.CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    assert find_cifar10(root) == root
+    assert [path.name for path in root.iterdir()] == ["cifar-10-batches-py"]
+    assert (root / "cifar-10-batches-py/data_batch_1").read_bytes() == b"first batch"
+    assert "absent.tar.gz (HTTP Error 404" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("transform", [train_transform, dataset.test_transform])
+@pytest.mark.parametrize(
+    "image, found",
+    [
+        (np.zeros((33, 32, 3), np.uint8), r"\(33, 32, 3\)"),
+        (np.zeros((32, 32, 4), np.uint8), r"\(32, 32, 4\)"),
+        (np.zeros((32, 32, 3), np.float32), "float32"),
+        (np.zeros((32, 32), np.uint8), r"\(32, 32\)"),
+    ],
+)
+def test_other_images_are_refused(transform, image, found):
+    with pytest.raises(ValueError, match=r"expected .*\(32, 32, 3\) and dtype uint8.*" + found):
+        transform()(image=image)
+
+
+def test_test_transform_normalises():
+    image = AlbumentationsCIFAR10(ASSETS).data[7]
+    expected = (image / 255.0 - MEAN) / STD
+    found = dataset.test_transform()(image=image)["image"]
+    assert found.dtype == torch.float32 and found.shape == (3, 32, 32)
+    assert np.abs(found.numpy() - expected.transpose(2, 0, 1)).max() < 1e-6
