@@ -1,0 +1,92 @@
+import csv
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import dataset
+import training_utils
+from dataset import ASSETS, AlbumentationsCIFAR10, loaders, train_transform
+from model import Net
+from training_utils import fit, train
+
+TRAIN_LINE = r"Train: Loss=\d+\.\d{4} Batch_id=%d Accuracy=\d+\.\d\d: 100%%\|██████████\| %d/%d \[\d\d:\d\d<00:00, +[\d.]+(it/s|s/it)\]"
+TEST_LINE = r"Test set: Average loss: \d+\.\d{4}, Accuracy: \d+/%d \(\d+\.\d\d%%\)"
+
+
+class Scores(nn.Module):
+    """Logits that are the pixels themselves, so that every number can be computed by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        return images.flatten(1) * self.scale
+
+
+def uneven_batches():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(17, 1, 1, 5, generator=generator)
+    targets = torch.randint(5, (17,), generator=generator)
+    return images, targets, list(zip(images.split([8, 8, 1]), targets.split([8, 8, 1])))
+
+
+def test_losses_and_accuracies_are_exact_whatever_the_batch_sizes(capsys):
+    images, targets, batches = uneven_batches()
+    logits = images.flatten(1)
+    expected = F.cross_entropy(logits, targets).item(), 100 * (logits.argmax(1) == targets).float().mean().item()
+    assert training_utils.test(Scores(), batches) == pytest.approx(expected, rel=1e-6)
+    frozen = Scores()
+    assert train(frozen, batches, torch.optim.SGD(frozen.parameters(), lr=0.0)) == pytest.approx(expected, rel=1e-6)
+    lines = re.split(r"[\r\n]+", capsys.readouterr().out)
+    assert f"Test set: Average loss: {expected[0]:.4f}, Accuracy: {round(expected[1] * 0.17)}/17 ({expected[1]:.2f}%)" in lines
+    assert any(f"Train: Loss={expected[0]:.4f} Batch_id=2 Accuracy={expected[1]:.2f}: 100%|██████████| 3/3 [" in line for line in lines)
+
+
+def test_fit_learns_the_sample_and_writes_what_it_prints(tmp_path, capsys):
+    torch.manual_seed(0)
+    train_set = AlbumentationsCIFAR10(ASSETS, transform=train_transform())
+    test_set = AlbumentationsCIFAR10(ASSETS, train=False, transform=dataset.test_transform())
+    train_loader, test_loader = loaders(train_set, test_set, 64, workers=0)
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=3 * len(train_loader))
+    history = fit(
+        net, train_loader, test_loader, optimizer, scheduler, epochs=3, ema_decay=0.9, history_file=tmp_path / "history.csv"
+    )
+    out = capsys.readouterr().out
+    assert history[-1]["test_accuracy"] > 25 and history[-1]["train_loss"] < history[0]["train_loss"] < 2.5
+    for epoch in (1, 2, 3):
+        printed = out[out.index(f"Epoch {epoch}\n") :]
+        assert re.search(TRAIN_LINE % (31, 32, 32), printed) and re.search(TEST_LINE % 500, printed)
+    assert f"({history[-1]['test_accuracy']:.2f}%)" in out and re.search(r"Training on .+, in (bfloat16|float32)", out)
+    with open(tmp_path / "history.csv") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert rows == history and [row["epoch"] for row in rows] == [1, 2, 3]
+    assert [row["learning_rate"] for row in rows] == pytest.approx([0.1, 0.1 * 2 / 3, 0.1 / 3])
+    # The model holds what was tested last: the averaged weights.
+    assert training_utils.test(net, test_loader) == (history[-1]["test_loss"], history[-1]["test_accuracy"])
+
+
+def test_set_epoch_reaches_loader_sampler_and_data_set():
+    _, _, batches = uneven_batches()
+
+    class Loader(list):
+        epochs = []
+
+        def set_epoch(self, epoch):
+            self.epochs.append(epoch)
+
+    model = Scores()
+    fit(model, Loader(batches), batches, torch.optim.SGD(model.parameters(), lr=0.1), epochs=3)
+    assert Loader.epochs == [1, 2, 3]
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"epochs": 1, "ema_decay": 1.0}])
+def test_fit_refuses_what_cannot_be(wrong):
+    model = Scores()
+    with pytest.raises(ValueError, match="expected epochs >= 1 and 0 <= ema_decay < 1"):
+        fit(model, [], [], torch.optim.SGD(model.parameters(), lr=0.1), **wrong)
