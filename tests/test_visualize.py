@@ -1,0 +1,207 @@
+"""What a reader takes from a figure - its pixels, numbers and words - against values worked out by hand."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
+
+import visualize
+from visualize import (
+    denormalize,
+    plot_augmentations,
+    plot_confusion_matrix,
+    plot_history,
+    plot_misclassified,
+    plot_samples,
+)
+
+pytestmark = pytest.mark.filterwarnings("error")  # a clipped colour or a layout that does not fit is a failure
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+CLASSES = ("airplane", "automobile", "bird")
+
+
+def plain(color, count=1):
+    return np.full((count, 32, 32, 3), color, dtype=np.uint8)
+
+
+def pixels(figure):
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def where(picture, color):
+    """The rows and the columns, in order, that hold a pixel of exactly this colour."""
+    found = (picture == color).all(axis=2)
+    return np.flatnonzero(found.any(axis=1)), np.flatnonzero(found.any(axis=0))
+
+
+def words(figure):
+    pixels(figure)  # tick labels get their text when they are drawn
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def epoch(number, **changes):
+    row = dict(epoch=number, train_loss=1.5, train_accuracy=40.0, test_loss=1.4, test_accuracy=50.0 + number)
+    return {**row, "learning_rate": 0.1, "seconds": 30.0, **changes}
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_denormalize_returns_every_pixel_value(dtype):
+    stored = np.stack([np.arange(256), np.arange(256)[::-1], np.roll(np.arange(256), 99)], axis=-1)
+    stored = stored.reshape(1, 16, 16, 3).astype(np.uint8)
+    network_input = ((stored / 255 - MEAN) / STD).transpose(0, 3, 1, 2).astype(dtype)
+    restored = denormalize(network_input, MEAN, STD)
+    assert restored.dtype == np.uint8 and restored.flags.c_contiguous
+    assert np.array_equal(restored, stored)
+    assert np.array_equal(denormalize(network_input[0], MEAN, STD), stored[0])
+
+
+def test_denormalize_clips_and_rounds():
+    values = np.array([-9, -0.1, 0.4 / 255, 0.6 / 255, 254.6 / 255, 1.1, np.inf]).reshape(1, 1, -1).repeat(3, axis=0)
+    assert denormalize(values, (0, 0, 0), (1, 1, 1))[0, :, 1].tolist() == [0, 0, 0, 1, 255, 255, 255]
+
+
+def test_misclassified_draws_the_pixels_of_the_image_unsmoothed():
+    image = plain(RED)
+    image[:, :, 16:] = BLUE
+    picture = pixels(plot_misclassified(image, [0], [1], [0.5], CLASSES))
+    (rows, red), (_, blue) = where(picture, RED), where(picture, BLUE)
+    assert len(red) > 64 and abs(len(red) - len(blue)) <= 1  # over two screen pixels for each of the image's
+    assert blue[0] == red[-1] + 1  # no purple between the halves
+    assert (np.diff(np.concatenate([red, blue])) == 1).all() and abs(len(rows) - 2 * len(red)) <= 2  # square
+
+
+def test_samples_stand_in_the_row_of_their_class():
+    images = np.concatenate([plain(BLUE), plain(RED, 2), plain((0, 255, 0))])
+    figure = plot_samples(images, [2, 0, 0, 0], CLASSES, per_class=2, note="sample of 4")
+    picture = pixels(figure)
+    (red_rows, red_columns), (blue_rows, blue_columns) = where(picture, RED), where(picture, BLUE)
+    labels = {label.get_text(): label.get_window_extent() for label in figure.axes[0].get_yticklabels()}
+    height = picture.shape[0]
+    for name, rows in (("airplane", red_rows), ("bird", blue_rows)):
+        middle = height - (labels[name].y0 + labels[name].y1) / 2  # text counts from the bottom
+        assert rows[0] < middle < rows[-1]
+        assert 0 <= labels[name].x0 and labels[name].x1 < red_columns[0]
+    assert red_columns[0] == blue_columns[0]
+    assert len(red_columns) == pytest.approx(2 * len(blue_columns), abs=2)  # two red images, one blue
+    assert not (picture == (0, 255, 0)).all(axis=2).any()  # the third of its class, past per_class
+
+
+def test_augmentations_show_the_original_left_of_each_row():
+    figure = plot_augmentations(plain(RED)[0], {"flip": plain(BLUE, 3), "pipeline": plain(BLUE, 2)}, note="sample")
+    picture = pixels(figure)
+    (red_rows, red_columns), (blue_rows, blue_columns) = where(picture, RED), where(picture, BLUE)
+    assert np.array_equal(red_rows, blue_rows) and (np.diff(red_rows) > 1).sum() == 1  # two rows, aligned
+    assert red_columns[-1] < blue_columns[0]
+    assert {"flip", "pipeline", "original"} < set(words(figure))
+
+
+def test_confusion_matrix_counts():
+    targets, predictions = [0, 0, 0, 0, 1, 1, 1], np.array([0, 0, 0, 1, 1, 0, 0])
+    figure = plot_confusion_matrix(targets, predictions, CLASSES, note="sample of 7")
+    cells = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
+    table = [[int(cells[column, row]) for column in range(3)] for row in range(3)]
+    assert table == [[3, 1, 0], [2, 1, 0], [0, 0, 0]]  # true classes down, predicted across
+    assert [cells[2.6, row] for row in range(3)] == ["75.0 %", "33.3 %", "no images"]
+    assert "57.14 % of 7 images" in figure.get_suptitle()
+    # The worst mistake has the full colour, however much more the diagonal holds.
+    picture = pixels(figure)
+    for cell, color in (((0, 1), (213, 94, 0)), ((0, 0), (221, 221, 221)), ((2, 0), (255, 255, 255))):
+        x, y = figure.axes[0].transData.transform(np.subtract(cell, 0.3)).astype(int)  # beside the number
+        assert picture[-y, x].tolist() == list(color)
+
+
+def test_confusion_matrix_without_mistakes():
+    assert "100.00 % of 2 images" in plot_confusion_matrix([0, 1], [0, 1], CLASSES).get_suptitle()
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 25])
+def test_history_draws_every_epoch(epochs):
+    history = [epoch(number) for number in range(1, epochs + 1)]
+    figure = plot_history(history, references={"low": 12.5, "high": 91.25})
+    text = words(figure)
+    assert f"test: {50 + epochs:.2f} % at epoch {epochs}" in text
+    assert text.index("high: 91.25 %") < text.index("low: 12.50 %")
+    assert {"epoch", "accuracy (%)", "loss (nats per image)", "learning rate"} < set(text)
+    lines = {line.get_label(): line for axes in figure.axes[:1] for line in axes.lines}
+    assert lines[f"test: {50 + epochs:.2f} % at epoch {epochs}"].get_ydata()[-1] == 50 + epochs
+    assert list(lines["high: 91.25 %"].get_ydata()) == [91.25, 91.25]
+    box = figure.axes[-1].get_window_extent().padded(-2)  # the learning rate: one blue line, or one marker
+    picture = pixels(figure)[::-1][int(box.y0) : int(box.y1), int(box.x0) : int(box.x1)]
+    assert (picture == (0, 114, 178)).all(axis=2).sum() > 20
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+        assert ticks and all(tick == round(tick) for tick in ticks)
+
+
+@pytest.mark.parametrize("count", [0, 1, 8, 30])
+def test_misclassified_captions(count):
+    figure = plot_misclassified(plain(RED, count), [1] * count, [2] * count, [0.973] * count, CLASSES, note="sample")
+    assert words(figure).count("true: automobile\npred.: bird\nconf.: 97.3 %") == count
+    assert any("every image was classified correctly" in text for text in words(figure)) == (count == 0)
+
+
+FIGURES = {
+    "samples": lambda **note: plot_samples(plain(RED), [0], CLASSES, **note),
+    "augmentations": lambda **note: plot_augmentations(plain(RED)[0], {"flip": plain(RED)}, **note),
+    "history": lambda **note: plot_history([epoch(1)], **note),
+    "misclassified": lambda **note: plot_misclassified(plain(RED), [0], [1], [0.5], CLASSES, **note),
+    "none misclassified": lambda **note: plot_misclassified([], [], [], [], CLASSES, **note),
+    "confusion matrix": lambda **note: plot_confusion_matrix([0], [1], CLASSES, **note),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_note_ends_the_title_and_all_text_lies_inside(name):
+    assert "(" not in FIGURES[name]().get_suptitle()
+    figure = FIGURES[name](note="sample of 2,500 images")
+    assert figure.get_suptitle().endswith(" (sample of 2,500 images)")
+    height, width, _ = pixels(figure).shape
+    assert width <= 9.2 * 150
+    box = figure.get_tightbbox()  # inches
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width / 150 and box.y1 <= height / 150
+    assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook asks for
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: denormalize(plain(RED), MEAN, STD), r"images: expected float \(N, 3, H, W\).*uint8 \(1, 32, 32, 3\)"),
+        (lambda: denormalize(np.zeros((3, 2, 2)), (125.3, 123.0, 113.9), STD), r"mean: .*\[0, 1\].*125\.3.*255"),
+        (lambda: denormalize(np.zeros((3, 2, 2)), MEAN, (0.2, 0, 0.2)), "std: .*above 0"),
+        (lambda: denormalize(np.full((3, 2, 2), np.nan), MEAN, STD), "NaN"),
+        (lambda: plot_samples(plain(RED) / 255, [0], CLASSES), r"images: expected uint8 .*float64.*denormalize"),
+        (lambda: plot_samples(plain(RED).transpose(0, 3, 1, 2), [0], CLASSES), r"\(N, H, W, 3\).*\(1, 3, 32, 32\)"),
+        (lambda: plot_samples(plain(RED, 2), [0], CLASSES), r"targets: expected 2 integers.*\(1,\)"),
+        (lambda: plot_samples(plain(RED), [3], CLASSES), "targets: expected 0 to 2, found 3 to 3"),
+        (lambda: plot_samples(plain(RED), [0], CLASSES, per_class=0), "per_class: expected at least 1, found 0"),
+        (lambda: plot_augmentations(plain(RED), {"flip": plain(RED)}), r"image: expected uint8 \(H, W, 3\)"),
+        (lambda: plot_augmentations(plain(RED)[0], {"crop": plain(RED)[:, :9]}), r"augmented\['crop'\].*32, 32, 3"),
+        (lambda: plot_augmentations(plain(RED)[0], {}), "augmented: expected at least one"),
+        (lambda: plot_history([]), "history: expected at least one epoch"),
+        (lambda: plot_history([epoch(1), {"epoch": 2}]), "history: .*found no .*test_accuracy"),
+        (lambda: plot_misclassified(plain(RED), [0], [1], [97.3], CLASSES), r"confidences: .*\[0, 1\].*97\.3"),
+        (lambda: plot_misclassified(plain(RED), [0], [0.9], [0.5], CLASSES), "predictions: expected 1 int.*float64"),
+        (lambda: plot_confusion_matrix([0, 1], [0], CLASSES), "predictions: expected 2 integers"),
+        (lambda: plot_confusion_matrix([], [], CLASSES), "targets: expected at least one"),
+    ],
+)
+def test_wrong_input_is_named_in_one_line(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def test_needs_neither_torch_nor_pyplot():
+    code = "import sys, visualize; print([name for name in ('torch', 'matplotlib.pyplot') if name in sys.modules])"
+    folder = Path(visualize.__file__).parent
+    run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
