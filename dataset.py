@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 import torch
 from albumentations.pytorch import ToTensorV2
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.nn import functional as F
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, download_url
 
@@ -198,19 +198,281 @@ class AlbumentationsCIFAR10(CIFAR10):
         return self.transform(image=image)["image"], target
 
 
-def loaders(
-    train_set: AlbumentationsCIFAR10, test_set: AlbumentationsCIFAR10, batch_size: int, workers: int = 2
-) -> tuple[DataLoader, DataLoader]:
-    """Batches of (images float32 (B, 3, 32, 32), targets int64 (B,)): training shuffled anew each epoch, test in order.
+FLIPS, CROPS = (A.HorizontalFlip, A.VerticalFlip), (A.PadIfNeeded, A.RandomCrop)
+WARPS = (A.Rotate, A.Affine, A.ShiftScaleRotate)
+BATCHED = (*FLIPS, *CROPS, *WARPS, A.CoarseDropout, A.RandomBrightnessContrast, A.Normalize, ToTensorV2)
+BORDERS = {cv2.BORDER_CONSTANT: "zeros", cv2.BORDER_REPLICATE: "border", cv2.BORDER_REFLECT_101: "reflection"}
 
-    Raises ValueError for a batch size below 1 or a negative number of workers.
+UNBATCHED_OPTIONS = ("crop_border", "fit_output", "balanced_scale", "ensure_safe_range")
+
+
+class BatchTransform:
+    """An Albumentations `Compose` on a whole batch at once, on the CPU or the GPU.
+
+    The parameters of all images are drawn at once on the CPU, with the distributions that Albumentations
+    draws from (`draw`), and applied by index (`__call__`): so a picture depends neither on the batch it is
+    in nor on the device. Neighbouring geometric transforms with one border mode and fill share one sampling
+    of the image: what the first moves out of the frame, the next may bring back. Intermediate results
+    are not rounded to whole pixel values.
+
+    Raises NotImplementedError, naming the transform, for what has no batched form here;
+    `AlbumentationsCIFAR10` behind a `DataLoader` runs any transform.
     """
-    if batch_size < 1 or workers < 0:
-        raise ValueError(f"expected batch_size >= 1 and workers >= 0, found {batch_size} and {workers}")
-    common = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
-    # One replica of one: DistributedSampler is torch's shuffle that counts, by (seed, epoch), in place of consuming.
-    sampler = DistributedSampler(train_set, num_replicas=1, rank=0, seed=train_set.seed)
-    return (
-        DataLoader(train_set, batch_size, sampler=sampler, **common),
-        DataLoader(test_set, batch_size, **common),
-    )
+
+    def __init__(self, compose: A.Compose, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.stages = []  # lists of transforms: the geometric ones that share a sampling, any other by itself
+        border = None  # of the geometric stage that is still open
+        for step in [compose] if compose.p < 1 else compose.transforms:
+            options = (
+                type(step) in BATCHED
+                and getattr(step, "interpolation", cv2.INTER_LINEAR) == cv2.INTER_LINEAR
+                and getattr(step, "border_mode", cv2.BORDER_CONSTANT) in BORDERS
+                and not isinstance(getattr(step, "fill", 0), str)
+                and getattr(step, "brightness_by_max", True)
+                and getattr(step, "position", "center") == getattr(step, "pad_position", "center") == "center"
+                and getattr(step, "normalization", "standard") == "standard"
+                and getattr(step, "pad_height_divisor", None) is getattr(step, "pad_width_divisor", None) is None
+                and not any(getattr(step, name, False) for name in UNBATCHED_OPTIONS)
+                and (step.p == 1 or not isinstance(step, (*CROPS, A.Normalize, ToTensorV2)))
+            )
+            if not options:
+                raise NotImplementedError(
+                    f"{step!r} has no batched form: run it image by image, AlbumentationsCIFAR10 behind a DataLoader"
+                )
+            if not isinstance(step, FLIPS + CROPS + WARPS):
+                self.stages.append([step])
+                continue
+            own = border_of(step)
+            open_stage = self.stages and isinstance(self.stages[-1][-1], FLIPS + CROPS + WARPS)
+            if open_stage and (own is None or border is None or own == border):
+                self.stages[-1].append(step)
+                border = border or own
+            else:
+                self.stages.append([step])
+                border = own
+
+    def draw(self, count: int, size: tuple[int, int], seed: int, epoch: int) -> torch.Tensor:
+        """The augmentations of `count` images of `size` (height, width) in this epoch, a row an image.
+
+        float32 (count, columns) on the device: two megabytes for 50,000 images and the seed's transforms.
+        """
+        return self.pack(self.parameters(count, size, seed, epoch), count, size)
+
+    def parameters(self, count: int, size: tuple[int, int], seed: int, epoch: int) -> list[dict[str, np.ndarray]]:
+        """What `draw` draws, for each transform in its own units: pixels, degrees, factors."""
+        rng = np.random.default_rng((seed, epoch))
+        drawn = []
+        for step in (step for stage in self.stages for step in stage):
+            height, width = size
+            found = {} if step.p == 1 else {"applied": rng.random(count) < step.p}
+            if isinstance(step, A.RandomCrop):
+                size = output_size(step, size)
+                room = (max(0, height - step.height) + 1, max(0, width - step.width) + 1)
+                found |= {"y": (rng.random(count) * room[0]).astype(int), "x": (rng.random(count) * room[1]).astype(int)}
+            elif isinstance(step, A.PadIfNeeded):
+                size = output_size(step, size)
+            elif isinstance(step, A.Rotate):
+                found["rotate"] = rng.uniform(*step.limit, count)
+            elif isinstance(step, A.Affine):
+                for axis, pixels in (("x", width), ("y", height)):
+                    if step.translate_px is not None:
+                        low, high = map(int, step.translate_px[axis])
+                        found["translate_" + axis] = rng.integers(low, high + 1, count)
+                    else:
+                        share = (step.translate_percent or {}).get(axis, (0, 0))
+                        found["translate_" + axis] = (rng.uniform(*share, count) * pixels).astype(int)
+                    found["shear_" + axis] = -rng.uniform(*step.shear[axis], count)
+                    found["scale_" + axis] = rng.uniform(*np.broadcast_to(step.scale[axis], 2), count)
+                if step.keep_ratio:
+                    found["scale_y"] = found["scale_x"]
+                found["rotate"] = rng.uniform(*step.rotate, count)
+            elif isinstance(step, A.CoarseDropout):
+                low, high = step.num_holes_range
+                holes = rng.integers(low, high + 1, count)
+                ranges = ((step.hole_height_range, height), (step.hole_width_range, width))
+                for axis, (span, pixels) in zip("yx", ranges):
+                    if step.hole_height_range[1] >= 1:
+                        extent = rng.integers(int(span[0]), int(min(span[1], pixels)) + 1, (count, high))
+                    else:
+                        extent = (pixels * rng.uniform(*span, (count, high))).astype(int)
+                    start = (rng.random((count, high)) * (pixels - extent + 1)).astype(int)
+                    extent[np.arange(high) >= holes[:, None]] = 0
+                    found |= {axis + "_min": start, axis + "_max": start + extent}
+            elif isinstance(step, A.RandomBrightnessContrast):
+                found["alpha"] = 1 + rng.uniform(*step.contrast_limit, count)
+                found["beta"] = 255 * rng.uniform(*step.brightness_limit, count)
+            drawn.append(found)
+        return drawn
+
+    def pack(self, drawn: list[dict[str, np.ndarray]], count: int, size: tuple[int, int]) -> torch.Tensor:
+        """The parameters as `__call__` takes them: the maps of geometric stages composed into one, the rest as it is."""
+        columns, drawn = [np.empty((count, 0))], iter(drawn)
+        for stage in self.stages:
+            if not isinstance(stage[0], FLIPS + CROPS + WARPS):
+                found = next(drawn)
+                applied = found.get("applied", np.ones(count, bool))[:, None]
+                if isinstance(stage[0], A.CoarseDropout):
+                    columns += [np.where(applied, found[key], 0) for key in ("y_min", "y_max", "x_min", "x_max")]
+                elif isinstance(stage[0], A.RandomBrightnessContrast):
+                    neutral = (("alpha", 1), ("beta", 0))
+                    columns += [np.where(applied, found[key][:, None], value) for key, value in neutral]
+                continue
+            # From the coordinates (x, y, 1) of a pixel of the result to those of the image, all transforms at once.
+            back = np.broadcast_to(np.eye(3), (count, 3, 3))
+            for step in stage:
+                found = next(drawn)
+                inverse, size = inverse_map(step, found, count, size)
+                back = back @ np.where(found.get("applied", np.ones(count, bool))[:, None, None], inverse, np.eye(3))
+            columns.append(back[:, :2].reshape(count, 6))
+        return torch.from_numpy(np.concatenate(columns, 1)).to(self.device, torch.float32)
+
+    def __call__(self, images: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, H, W, 3) and their N rows of `draw` to float32 (N, 3, H', W'), all on the device.
+
+        Values are normalised as the Compose says, or 0 to 255 without a Normalize.
+        Raises ValueError for images of another shape or dtype, or another number of rows.
+        """
+        if images.ndim != 4 or images.shape[3] != 3 or images.dtype != torch.uint8 or len(images) != len(table):
+            raise ValueError(
+                f"expected {len(table)} uint8 images (N, H, W, 3), one a row of the table, "
+                f"found {images.dtype} {tuple(images.shape)}: convert them, and pick the same rows of both"
+            )
+        x = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        for stage in self.stages:  # in place: a new tensor a step would cost more than the arithmetic
+            step = stage[0]
+            if isinstance(step, FLIPS + CROPS + WARPS):
+                x, table = sample(x, table[:, :6], stage), table[:, 6:]
+            elif isinstance(step, A.CoarseDropout):
+                holes = step.num_holes_range[1]
+                y_min, y_max, x_min, x_max = table[:, : 4 * holes].reshape(len(x), 4, holes, 1).unbind(1)
+                table = table[:, 4 * holes :]
+                rows, columns = (torch.arange(n, device=x.device) for n in x.shape[2:])
+                inside = ((rows >= y_min) & (rows < y_max))[..., None] & ((columns >= x_min) & (columns < x_max))[:, :, None]
+                fill = per_channel(np.broadcast_to(step.fill, 3).astype(np.uint8), x)
+                x.sub_(fill).mul_(~inside.any(1, keepdim=True)).add_(fill)
+            elif isinstance(step, A.RandomBrightnessContrast):
+                alpha, beta = table[:, :2].reshape(len(x), 2, 1, 1, 1).unbind(1)
+                table = table[:, 2:]
+                x.mul_(alpha).add_(beta).clamp_(0, 255)
+            elif isinstance(step, A.Normalize):
+                x.sub_(per_channel(step.mean_np, x)).mul_(per_channel(step.denominator, x))
+        return x
+
+
+def per_channel(values: np.ndarray, x: torch.Tensor) -> torch.Tensor:
+    """Three numbers, one a channel, as a tensor that goes with images (N, 3, H, W)."""
+    return torch.tensor(values, dtype=torch.float32, device=x.device)[:, None, None]
+
+
+def border_of(step: A.BasicTransform) -> tuple[int, list[float]] | None:
+    """The border mode and fill of a geometric transform, None for one that never looks beyond the border."""
+    if isinstance(step, FLIPS) or (isinstance(step, A.RandomCrop) and not step.pad_if_needed):
+        return None
+    return step.border_mode, np.broadcast_to(step.fill, 3).tolist()
+
+
+def output_size(step: A.BasicTransform, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) after a crop or a padding, whichever the step is, of an image of that size."""
+    if isinstance(step, A.RandomCrop):
+        return step.height, step.width
+    return max(size[0], step.min_height or 0), max(size[1], step.min_width or 0)
+
+
+def inverse_map(step: A.BasicTransform, found: dict, count: int, size: tuple[int, int]) -> tuple[np.ndarray, tuple]:
+    """Matrices (count, 3, 3) from the result's pixel coordinates to the input's, and the result's (height, width)."""
+    height, width = size
+    back = np.zeros((count, 3, 3)) + np.eye(3)
+    if isinstance(step, A.HorizontalFlip):
+        back[:, 0, 0], back[:, 0, 2] = -1, width - 1
+    elif isinstance(step, A.VerticalFlip):
+        back[:, 1, 1], back[:, 1, 2] = -1, height - 1
+    elif isinstance(step, CROPS):
+        size = output_size(step, size)
+        back[:, 0, 2] = found.get("x", 0) - max(0, size[1] - width) // 2
+        back[:, 1, 2] = found.get("y", 0) - max(0, size[0] - height) // 2
+    else:
+        # Albumentations shifts the centre to the origin, scales, rotates, shears and shifts back with the translation.
+        angle = np.deg2rad(found["rotate"])
+        shear_x, shear_y = (np.tan(np.deg2rad(found.get(key, 0.0))) for key in ("shear_x", "shear_y"))
+        scale = (found.get("scale_x", 1.0), found.get("scale_y", 1.0))
+        cos, sin = np.cos(angle), np.sin(angle)
+        a, b = (cos - shear_x * sin) * scale[0], (sin + shear_x * cos) * scale[1]
+        c, d = (shear_y * cos - sin) * scale[0], (shear_y * sin + cos) * scale[1]
+        middle = (width - 1) / 2, (height - 1) / 2
+        shift = middle[0] + found.get("translate_x", 0), middle[1] + found.get("translate_y", 0)
+        determinant = a * d - b * c
+        back[:, 0, 0], back[:, 0, 1] = d / determinant, -b / determinant
+        back[:, 1, 0], back[:, 1, 1] = -c / determinant, a / determinant
+        back[:, 0, 2] = middle[0] - back[:, 0, 0] * shift[0] - back[:, 0, 1] * shift[1]
+        back[:, 1, 2] = middle[1] - back[:, 1, 0] * shift[0] - back[:, 1, 1] * shift[1]
+    return back, size
+
+
+def sample(x: torch.Tensor, maps: torch.Tensor, stage: list[A.BasicTransform]) -> torch.Tensor:
+    """Images (N, 3, H, W) at the places that the maps (N, 6), and the borders of the stage's transforms, say.
+
+    Flips and crops move whole pixels, exactly; warps interpolate bilinearly.
+    """
+    count, _, height, width = x.shape
+    rows, columns = height, width
+    for step in stage:
+        if isinstance(step, CROPS):
+            rows, columns = output_size(step, (rows, columns))
+    mode, fill = next(filter(None, map(border_of, stage)), (cv2.BORDER_REPLICATE, [0.0] * 3))
+    shift = mode == cv2.BORDER_CONSTANT and any(fill)  # both samplings below know zero alone
+    if shift:
+        x.sub_(per_channel(fill, x))
+    xs, ys = torch.arange(columns, device=x.device), torch.arange(rows, device=x.device)
+    if any(isinstance(step, WARPS) for step in stage):
+        places = torch.stack([xs.repeat(rows), ys.repeat_interleave(columns), torch.ones_like(xs).repeat(rows)]).float()
+        # grid_sample wants -1 and 1 for the centres of the first and the last pixel.
+        unit = torch.tensor([[2 / (width - 1)], [2 / (height - 1)]], device=x.device)
+        maps = maps.reshape(count, 2, 3) * unit - torch.tensor([0.0, 0.0, 1.0], device=x.device)
+        grid = (maps.view(-1, 3) @ places).view(count, 2, rows, columns).permute(0, 2, 3, 1)
+        x = F.grid_sample(x, grid, mode="bilinear", padding_mode=BORDERS[mode], align_corners=True)
+    else:
+        places, inside = [], []
+        for scale, offset, steps, extent in ((maps[:, 0], maps[:, 2], xs, width), (maps[:, 4], maps[:, 5], ys, height)):
+            place = (scale[:, None] * steps + offset[:, None]).long()
+            inside.append((place >= 0) & (place < extent))
+            if mode == cv2.BORDER_REFLECT_101:
+                place = (extent - 1) - ((extent - 1) - place.abs()).abs()
+            places.append(place.clamp(0, extent - 1))
+        pixels = (places[1][:, :, None] * width + places[0][:, None]).view(count, 1, -1).expand(-1, 3, -1)
+        x = x.view(count, 3, -1).gather(2, pixels).view(count, 3, rows, columns)
+        if mode == cv2.BORDER_CONSTANT:
+            x.mul_((inside[1][:, :, None] & inside[0][:, None])[:, None])
+    return x.add_(per_channel(fill, x)) if shift else x
+
+
+class BatchLoader:
+    """Batches of a data set that stays in memory, on the device: gathered, augmented and yielded, no workers.
+
+    Yields (images float32 (B, 3, 32, 32), targets int64 (B,)) on the device. Shuffled, the order is new in each
+    epoch, by (seed, epoch); a last batch of a single image, which batch norm cannot train on, is left out then.
+    """
+
+    def __init__(self, images: AlbumentationsCIFAR10, batch_size: int, shuffle: bool, device: torch.device | str = "cpu"):
+        if batch_size < 1:
+            raise ValueError(f"expected batch_size >= 1, found {batch_size}: give the images a step")
+        self.images = torch.from_numpy(images.data).to(device)
+        self.targets = torch.tensor(images.targets, device=device)
+        self.transform = BatchTransform(images.transform, device)
+        self.batch_size, self.shuffle, self.seed, self.epoch = batch_size, shuffle, images.seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle and draw the augmentations as in this epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.images) // self.batch_size + (len(self.images) % self.batch_size > self.shuffle)
+
+    def __iter__(self):
+        count, size = len(self.images), tuple(self.images.shape[1:3])
+        table = self.transform.draw(count, size, self.seed, self.epoch)
+        order = torch.arange(count)
+        if self.shuffle:
+            order = torch.from_numpy(np.random.default_rng((self.seed, self.epoch, 1)).permutation(count))
+        for rows in order.to(self.images.device).split(self.batch_size)[: len(self)]:
+            yield self.transform(self.images.index_select(0, rows), table.index_select(0, rows)), self.targets[rows]

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 import dataset
-from dataset import ASSETS, CLASSES, MEAN, STD, AlbumentationsCIFAR10, find_cifar10, train_transform
+from dataset import ASSETS, CLASSES, MEAN, STD, AlbumentationsCIFAR10, BatchLoader, find_cifar10, train_transform
 
 
 def test_embedded_sample_is_lossless_and_balanced():
@@ -85,19 +85,24 @@ def test_running_workers_see_the_next_epoch():
     assert torch.equal(first, again) and not torch.equal(first, second)
 
 
-def test_training_loader_visits_every_image_once_in_an_order_of_its_own_each_epoch():
-    train_set = AlbumentationsCIFAR10(ASSETS, transform=dataset.test_transform())
-    test_set = AlbumentationsCIFAR10(ASSETS, train=False, transform=dataset.test_transform())
-    train_loader, test_loader = dataset.loaders(train_set, test_set, 300, workers=0)
+def test_batch_loader_visits_every_image_once_in_an_order_of_its_own_each_epoch():
+    images = AlbumentationsCIFAR10(ASSETS, train=False, transform=dataset.test_transform())
+    images.targets = list(range(500))  # so that a target says which image it is
+    loader = BatchLoader(images, 150, shuffle=True)
     orders = []
     for epoch in (1, 2, 1):
-        train_loader.sampler.set_epoch(epoch)
-        orders.append(list(train_loader.sampler))
-        assert sorted(orders[-1]) == list(range(2000))
+        loader.set_epoch(epoch)
+        batches = list(loader)
+        assert [len(targets) for _, targets in batches] == [150, 150, 150, 50] and len(loader) == 4
+        orders.append(torch.cat([targets for _, targets in batches]).tolist())
+        assert sorted(orders[-1]) == list(range(500))
     assert orders[0] == orders[2] != orders[1]
-    assert torch.cat([targets for _, targets in test_loader]).tolist() == test_set.targets
+    pictures, targets = next(iter(BatchLoader(images, 500, shuffle=False)))
+    expected = torch.stack([images[i][0] for i in range(500)])
+    assert targets.tolist() == list(range(500)) and (pictures - expected).abs().max() < 1e-5
+    assert [len(targets) for _, targets in BatchLoader(images, 499, shuffle=True)] == [499], "one image is no batch"
     with pytest.raises(ValueError, match="batch_size >= 1"):
-        dataset.loaders(train_set, test_set, -1)
+        BatchLoader(images, -1, shuffle=True)
 
 
 def test_damaged_file_is_named_and_nothing_deleted(tmp_path):

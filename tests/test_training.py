@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import dataset
 import training_utils
-from dataset import ASSETS, AlbumentationsCIFAR10, loaders, train_transform
+from dataset import ASSETS, AlbumentationsCIFAR10, BatchLoader, train_transform
 from model import Net
 from training_utils import fit, train
 
@@ -50,7 +50,7 @@ def test_fit_learns_the_sample_and_writes_what_it_prints(tmp_path, capsys):
     torch.manual_seed(0)
     train_set = AlbumentationsCIFAR10(ASSETS, transform=train_transform())
     test_set = AlbumentationsCIFAR10(ASSETS, train=False, transform=dataset.test_transform())
-    train_loader, test_loader = loaders(train_set, test_set, 64, workers=0)
+    train_loader, test_loader = BatchLoader(train_set, 64, shuffle=True), BatchLoader(test_set, 500, shuffle=False)
     net = Net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=3 * len(train_loader))

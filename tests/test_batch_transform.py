@@ -1,0 +1,276 @@
+"""BatchTransform against Albumentations itself: the same pictures from the same parameters, and the same parameters.
+
+Albumentations' own drawing and `apply` run here, one image at a time; only the six numbers of an affine map are
+caught before Albumentations multiplies them into a matrix, so that they can be compared one by one.
+"""
+
+import warnings
+
+import albumentations as A
+import cv2
+import numpy as np
+import pytest
+import torch
+from albumentations.augmentations.geometric import functional as fgeometric
+from albumentations.pytorch import ToTensorV2
+from scipy.stats import ks_2samp
+
+from dataset import ASSETS, MEAN, STD, AlbumentationsCIFAR10, BatchTransform, train_transform
+
+warnings.filterwarnings("ignore", "ShiftScaleRotate is a special case")
+pytestmark = pytest.mark.filterwarnings("ignore:ShiftScaleRotate is a special case")
+
+COLOUR, REFLECT, REPLICATE = (125, 30, 250), cv2.BORDER_REFLECT_101, cv2.BORDER_REPLICATE
+SIZE = (32, 24)  # higher than wide, so that no axis can stand in for the other
+
+EXACT, NEARLY, ROUNDED = 0.0, 1e-6, 1.0  # bounds of the mean absolute difference, in the unit of the pixels
+CASES = {
+    "horizontal flip": (EXACT, [A.HorizontalFlip(p=0.3)]),
+    "vertical flip": (EXACT, [A.VerticalFlip(p=0.7)]),
+    "rotate": (ROUNDED, [A.Rotate((-15, 40))]),
+    "rotate on colour": (ROUNDED, [A.Rotate(90, fill=COLOUR, p=1)]),
+    "rotate, reflected": (ROUNDED, [A.Rotate(90, border_mode=REFLECT, p=0.8)]),
+    "shift scale rotate": (ROUNDED, [A.ShiftScaleRotate(0.1, 0.1, 15)]),
+    "shift scale rotate, limits": (
+        ROUNDED,
+        [A.ShiftScaleRotate(0, (-0.3, 0.1), (5, 20), REPLICATE, shift_limit_x=(0, 0.3), shift_limit_y=0.2, p=1)],
+    ),
+    "affine": (
+        ROUNDED,
+        [A.Affine({"x": (0.8, 1.3), "y": 0.9}, {"x": (-0.2, 0.1)}, None, (-30, 50), {"x": (-20, 5), "y": 10}, p=0.9)],
+    ),
+    "affine in pixels": (
+        ROUNDED,
+        [A.Affine((0.7, 1.2), None, {"x": (-3, 9), "y": -2}, 12, (-9, 16), keep_ratio=True, fill=COLOUR, p=1)],
+    ),
+    "affine, reflected": (ROUNDED, [A.Affine(1.1, (-0.1, 0.2), shear=(3, 8), border_mode=REFLECT, p=1)]),
+    "pad, crop": (EXACT, [A.PadIfNeeded(40, 33, border_mode=REFLECT), A.RandomCrop(32, 24)]),
+    "pad on colour, crop": (EXACT, [A.PadIfNeeded(37, 40, fill=(125.5, 30.2, 250)), A.RandomCrop(30, 31)]),
+    "pad far": (EXACT, [A.PadIfNeeded(131, 160, border_mode=REFLECT), A.RandomCrop(101, 140)]),
+    "pad, replicated": (EXACT, [A.PadIfNeeded(50, 50, border_mode=REPLICATE), A.VerticalFlip()]),
+    "crop": (EXACT, [A.RandomCrop(27, 11)]),
+    "crop of more than there is": (EXACT, [A.RandomCrop(41, 16, True, fill=COLOUR)]),
+    "crop of more, reflected": (EXACT, [A.RandomCrop(30, 31, True, border_mode=REFLECT)]),
+    "crop, then pad": (EXACT, [A.RandomCrop(24, 20), A.PadIfNeeded(32, 32, fill=9)]),
+    "dropout": (EXACT, [A.CoarseDropout((1, 4), (3, 9), (0, 40), fill=7)]),
+    "dropout in shares": (EXACT, [A.CoarseDropout((2, 3), (0.1, 0.4), (0.0, 0.25), fill=COLOUR, p=0.9)]),
+    "brightness, contrast": (ROUNDED, [A.RandomBrightnessContrast(p=0.4)]),
+    "brightness, contrast, limits": (ROUNDED, [A.RandomBrightnessContrast((0.1, 0.3), (-0.7, -0.2), p=1)]),
+    "normalise": (NEARLY, [A.Normalize(MEAN, STD), ToTensorV2()]),
+    "normalise by numbers": (NEARLY, [A.Normalize(0.5, 0.25, max_pixel_value=200)]),
+    "train_transform": (NEARLY, train_transform().transforms),
+}
+DRAWN = [name for name, (_, steps) in CASES.items() if name.startswith(("hor", "ver", "aff", "crop,", "dro", "brig"))]
+DRAWN += ["rotate", "rotate on colour", "shift scale rotate", "shift scale rotate, limits", "pad, crop", "pad far"]
+
+
+def seeds_transform() -> A.Compose:
+    warps = [A.HorizontalFlip(), A.Rotate(15), A.ShiftScaleRotate(0.1, 0.1, 15)]
+    colours = [A.RandomBrightnessContrast(p=0.1), A.CoarseDropout(), A.Normalize(MEAN, STD), ToTensorV2()]
+    return A.Compose(warps + colours)
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return AlbumentationsCIFAR10(ASSETS).data[::10]
+
+
+@pytest.fixture
+def affine(monkeypatch):
+    """Albumentations' function from the numbers of an affine map to its matrix; to all others it now returns these."""
+    original = fgeometric.create_affine_transformation_matrix
+    monkeypatch.setattr(fgeometric, "create_affine_transformation_matrix", lambda *numbers: numbers)
+    return original
+
+
+def under_our_names(step, params: dict) -> dict:
+    if "matrix" in params:
+        *pairs, rotate, _ = params["matrix"]
+        named = zip(("translate", "shear", "scale"), pairs)
+        return {"rotate": rotate} | {f"{name}_{axis}": pair[axis] for name, pair in named for axis in "xy"}
+    if "crop_coords" in params:
+        return dict(zip("xy", params["crop_coords"]))
+    if "holes" in params:
+        holes = np.zeros((step.num_holes_range[1], 4))
+        holes[: len(params["holes"])] = params["holes"]
+        return dict(zip(("x_min", "y_min", "x_max", "y_max"), holes.T))
+    return {key: params[key] for key in ("alpha", "beta") if key in params}
+
+
+def their_draws(step, count: int, size: tuple[int, int], seed: int) -> tuple[list, dict[str, np.ndarray]]:
+    """What Albumentations draws, for its `apply` (None: not applied), and the same as `BatchTransform.parameters`."""
+    step.set_random_seed(seed)
+    shape, image, drawn = {"shape": (*size, 3)}, np.zeros((*size, 3), np.uint8), []
+    for _ in range(count):
+        drawn.append(step.get_params_dependent_on_data(shape, {"image": image}) if step.should_apply() else None)
+    found = {"applied": np.array([params is not None for params in drawn])}
+    named = [under_our_names(step, params) for params in drawn if params is not None]
+    for key in named[0]:
+        values = np.array([row[key] for row in named])
+        found[key] = np.full((count, *values.shape[1:]), np.nan)
+        found[key][found["applied"]] = values
+    return drawn, found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_picture_from_the_same_parameters(name, images, affine):
+    bound, steps = CASES[name]
+    originals = images if name == "train_transform" else images[:, :, : SIZE[1]]
+    expected, drawn = list(originals), []
+    for step in steps:
+        params, found = their_draws(step, len(images), expected[0].shape[:2], 1)
+        drawn.append(found)
+        for i in np.flatnonzero(found["applied"]):
+            if "matrix" in params[i]:
+                params[i]["matrix"] = affine(*params[i]["matrix"])
+            expected[i] = step.apply(expected[i], **params[i] | {"shape": expected[i].shape})
+    if isinstance(steps[-1], ToTensorV2):
+        expected = [image.permute(1, 2, 0).numpy() for image in expected]
+    transform = BatchTransform(A.Compose(steps))
+    table = transform.pack(drawn, len(images), originals.shape[1:3])
+    found = transform(torch.from_numpy(originals), table).permute(0, 2, 3, 1).numpy()
+    assert found.dtype == np.float32 and found.shape == np.shape(expected)
+    difference = np.abs(found - np.float64(expected))
+    assert difference.mean() <= bound
+    print(f"{name}: mean {difference.mean():.3g}, worst image {difference.mean((1, 2, 3)).max():.3g}, max {difference.max():.3g}")
+    untouched = ~np.any([row["applied"] for row in drawn], axis=0)
+    assert untouched.any() == all(step.p < 1 for step in steps)
+    assert not untouched.any() or np.array_equal(found[untouched], originals[untouched])
+
+
+def numbers_of(found: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    """Parameters, of the images that a transform is applied to, as numbers to be compared: of holes those there are."""
+    applied = found.get("applied", np.ones(count, bool))
+    numbers = {key: values[applied] for key, values in found.items() if key != "applied"}
+    if "x_min" in numbers:
+        height, width = (numbers[axis + "_max"] - numbers[axis + "_min"] for axis in "yx")
+        there = height > 0
+        numbers = {"y": numbers["y_min"][there], "x": numbers["x_min"][there], "height": height[there]}
+        numbers |= {"width": width[there], "holes": there.sum(1)}
+    return numbers | {"applied": applied.astype(float)}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_parameters_are_distributed_as_albumentations_draws_them(name, affine):
+    ours, theirs, size = 50_000, 15_000, SIZE
+    steps = CASES[name][1]
+    transform = BatchTransform(A.Compose(steps))
+    for step, found in zip(steps, transform.parameters(ours, SIZE, 2, 3)):
+        mine, other = numbers_of(found, ours), numbers_of(their_draws(step, theirs, size, 4)[1], theirs)
+        if isinstance(step, A.PadIfNeeded):
+            size = (max(size[0], step.min_height), max(size[1], step.min_width))
+        for key, values in other.items():
+            if key in mine:
+                assert ks_2samp(mine[key], values, method="asymp").pvalue > 1e-3, key
+            else:  # neither draws it: the shear of a Rotate, say
+                assert np.ptp(values) == 0, key
+        # One draw must not do for two parameters, nor two for one.
+        moving = [key for key in mine if key not in ("holes", "applied") and np.ptp(mine[key]) > 0]
+        if len(moving) > 1:
+            correlations = [np.corrcoef([numbers[key] for key in moving]) for numbers in (mine, other)]
+            assert np.abs(correlations[0] - correlations[1]).max() < 0.05
+
+
+def test_the_distribution_test_tells_15_degrees_from_16(affine):
+    ours = BatchTransform(A.Compose([A.Rotate(16, p=1)])).parameters(50_000, SIZE, 2, 3)[0]["rotate"]
+    for limit, same in ((15, False), (16, True)):
+        theirs = their_draws(A.Rotate(limit, p=1), 15_000, SIZE, 4)[1]["rotate"]
+        assert (ks_2samp(ours, theirs, method="asymp").pvalue > 1e-3) == same
+
+
+@pytest.mark.parametrize("compose", [seeds_transform(), train_transform()], ids=["seed", "ours"])
+def test_picture_follows_from_seed_epoch_and_index_alone(compose, images):
+    transform, batch = BatchTransform(compose), torch.from_numpy(images)
+    table = transform.draw(len(batch), (32, 32), 5, 2)
+    whole = transform(batch, table)
+    assert whole.shape == (len(batch), 3, 32, 32) and whole.dtype == torch.float32
+    assert np.array_equal(batch, images)
+    for size in (1, 7, 128):
+        parts = [transform(*rows) for rows in zip(batch.split(size), table.split(size))]
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-5)
+    order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(transform(batch[order], table[order]), whole[order], rtol=0, atol=1e-5)
+    for seed, epoch in ((5, 3), (6, 2), (2, 5)):
+        other = transform(batch, transform.draw(len(batch), (32, 32), seed, epoch))
+        assert (other != whole).flatten(1).any(1).float().mean() > 0.9
+    assert torch.equal(BatchTransform(compose).draw(len(batch), (32, 32), 5, 2), table)
+    assert torch.equal(transform.draw(len(batch), (32, 32), 5, 2), table)
+
+
+@pytest.mark.parametrize("border", [{"fill": 0}, {"fill": COLOUR}, {"border_mode": REFLECT}], ids=str)
+def test_fused_warps_are_one_warp_by_the_product_of_the_maps(border, images):
+    steps = [A.HorizontalFlip(), A.Rotate(15, **border), A.ShiftScaleRotate(0.1, 0.1, 15, **border)]
+    transform = BatchTransform(A.Compose(steps))
+    drawn = transform.parameters(len(images), SIZE, 0, 0)
+    originals, middle, one = images[:, :, : SIZE[1]], fgeometric.center(SIZE), {"x": 1, "y": 1}
+    found = transform(torch.from_numpy(originals), transform.pack(drawn, len(images), SIZE)).permute(0, 2, 3, 1).numpy()
+    difference = []
+    for i, image in enumerate(originals):
+        flip, turn, shift = ({key: values[i] for key, values in parameters.items()} for parameters in drawn)
+        move, scale = ({axis: shift[f"{name}_{axis}"] for axis in "xy"} for name in ("translate", "scale"))
+        matrix = np.diag([-1.0, 1, 1]) if flip["applied"] else np.eye(3)
+        matrix[0, 2] = (SIZE[1] - 1) * flip["applied"]
+        still = {"x": 0, "y": 0}
+        if turn["applied"]:
+            matrix = fgeometric.create_affine_transformation_matrix(still, still, one, turn["rotate"], middle) @ matrix
+        if shift["applied"]:
+            matrix = fgeometric.create_affine_transformation_matrix(move, still, scale, shift["rotate"], middle) @ matrix
+        mode = border.get("border_mode", cv2.BORDER_CONSTANT)
+        expected = fgeometric.warp_affine(image, matrix, cv2.INTER_LINEAR, border.get("fill", 0), mode, SIZE)
+        difference.append(np.abs(found[i] - expected).mean())
+    print(f"fused {border}: mean {np.mean(difference):.3g}, worst image {max(difference):.3g}")
+    assert len(transform.stages) == 1 and np.mean(difference) < ROUNDED
+
+
+REFUSED = [
+    A.GaussianBlur(),
+    A.OneOf([A.HorizontalFlip()]),
+    A.SafeRotate(),
+    A.Rotate(crop_border=True),
+    A.Rotate(interpolation=cv2.INTER_NEAREST),
+    A.Rotate(border_mode=cv2.BORDER_WRAP),
+    A.Affine(fit_output=True),
+    A.Affine(balanced_scale=True),
+    A.PadIfNeeded(40, 40, position="random"),
+    A.PadIfNeeded(None, None, 16, 16),
+    A.RandomCrop(24, 24, p=0.5),
+    A.CoarseDropout(fill="random"),
+    A.RandomBrightnessContrast(brightness_by_max=False),
+    A.RandomBrightnessContrast(ensure_safe_range=True),
+    A.Normalize(normalization="image"),
+]
+
+
+@pytest.mark.parametrize("step", REFUSED, ids=lambda step: type(step).__name__)
+def test_refuses_what_it_cannot_do_and_says_who_can(step):
+    with pytest.raises(NotImplementedError, match=rf"(?s){type(step).__name__}\(.*AlbumentationsCIFAR10"):
+        BatchTransform(A.Compose([A.HorizontalFlip(), step]))
+    with pytest.raises(NotImplementedError, match=r"(?s)Compose\(.*AlbumentationsCIFAR10"):
+        BatchTransform(A.Compose([A.HorizontalFlip()], p=0.5))
+
+
+@pytest.mark.parametrize("step", [A.Normalize(MEAN, STD), A.CoarseDropout(fill=0.5), A.RandomBrightnessContrast()])
+def test_refuses_what_comes_after_normalize(step):
+    with pytest.raises(NotImplementedError, match=rf"(?s){type(step).__name__}\(.*AlbumentationsCIFAR10"):
+        BatchTransform(A.Compose([A.Normalize(MEAN, STD), step]))
+
+
+def test_wrong_images_are_refused_with_expected_and_found(images):
+    transform, batch = BatchTransform(train_transform()), torch.from_numpy(images)
+    table = transform.draw(len(batch), (32, 32), 0, 0)
+    for wrong in (batch.float(), batch.permute(0, 3, 1, 2), batch[..., :1], batch[:9], batch[0]):
+        with pytest.raises(ValueError, match="expected 200 uint8 images .*, found torch"):
+            transform(wrong, table)
+    with pytest.raises(ValueError, match=r"expected .* at least \(33, 32\), found \(32, 32\)"):
+        BatchTransform(A.Compose([A.RandomCrop(33, 32)])).draw(8, (32, 32), 0, 0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compose", [seeds_transform(), train_transform()], ids=["seed", "ours"])
+def test_gpu_makes_the_same_pictures_as_the_cpu(compose, images):
+    pictures = []
+    for device in ("cpu", "cuda"):
+        transform = BatchTransform(compose, device)
+        table = transform.draw(len(images), (32, 32), 0, 0)
+        pictures.append(transform(torch.from_numpy(images).to(device), table).cpu())
+    torch.testing.assert_close(*pictures, rtol=0, atol=1e-2 / 255 / min(STD))

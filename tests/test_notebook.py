@@ -1,0 +1,112 @@
+import csv
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from conftest import REPOSITORY
+
+FIGURES = 7
+
+
+def text_of(cell) -> str:
+    """What a code cell printed."""
+    return "".join(output.text for output in cell.get("outputs", []) if output.output_type == "stream")
+
+
+def digests(folder) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """The files that the notebook needs, apart from the repository, so that a run here changes nothing there."""
+    folder = tmp_path_factory.mktemp("clone")
+    for path in [*REPOSITORY.glob("*.py"), REPOSITORY / "S8.ipynb"]:
+        shutil.copy(path, folder)
+    shutil.copytree(REPOSITORY / "assets", folder / "assets")
+    return folder
+
+
+def run_notebook(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "run_notebook.py", *arguments], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_committed_notebook_is_one_complete_run_on_the_full_data():
+    path = REPOSITORY / "S8.ipynb"
+    assert path.stat().st_size < 2e6
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert all(notebook.cells[i - 1].cell_type == "markdown" for i, cell in enumerate(notebook.cells)
+               if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", []))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == FIGURES
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    everything = json.dumps(outputs)
+    assert not re.search(r"Warning|Traceback|/(root|work|tmp|home)/", everything)
+    printed = "".join(map(text_of, code))
+    assert printed.startswith("CIFAR-10, complete: 50,000 training and 10,000 test images")
+    # Each epoch that it shows is the history's, and the last line is the last epoch's.
+    with open(REPOSITORY / "assets/history.csv") as file:
+        history = list(csv.DictReader(file))
+    shown = re.findall(r"Epoch (\d+)\nTrain: .*100%.*\nTest set: Average loss: ([\d.]+), Accuracy: \d+/10000 \(([\d.]+)%\)", printed)
+    assert shown == [(row["epoch"], f"{float(row['test_loss']):.4f}", f"{float(row['test_accuracy']):.2f}") for row in history]
+    assert len(history) >= 20 and float(history[-1]["test_accuracy"]) >= 86.2
+    assert f"{float(history[-1]['test_accuracy']):.2f} % on test after {len(history)} epochs" in printed.splitlines()[-1]
+
+
+def test_notebook_runs_on_the_sample_and_leaves_the_published_files_alone(clone):
+    before = digests(clone / "assets")
+    done = run_notebook(clone, "DATA=sample", "EPOCHS=1", "BATCH_SIZE=128")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert digests(clone / "assets") == before
+    assert "SAMPLE, not CIFAR-10" in done.stdout and "Test set: Average loss" in done.stdout
+    notebook = nbformat.read(clone / "S8.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    first_output = next(text for text in map(text_of, code) if text)
+    assert first_output.startswith("SAMPLE, not CIFAR-10: 2,000 training and 500 test images")
+    outputs = [output for cell in code for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == FIGURES
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    assert sorted(path.name for path in (clone / "runs/sample").iterdir()) == [
+        "augmentation.png", "confusion_matrix.png", "history.csv", "misclassified.png", "net.safetensors", "training_logs.png",
+    ]
+    # What this run was given is no default of the next.
+    assert run_notebook(clone, "EPOCHS=0").stderr.splitlines()[-1].startswith("ValueError: expected EPOCHS")
+    assert "injected-parameters" in (clone / "S8.ipynb").read_text()
+
+
+@pytest.mark.parametrize(
+    "argument, expected",
+    [
+        ("EPOCHS=0", "ValueError: expected EPOCHS to be int from 1"),
+        ("EPOCHS=many", "ValueError: expected EPOCHS to be int from 1"),
+        ("BATCH_SIZE=-4", "ValueError: expected BATCH_SIZE to be int from 2"),
+        ("EPOCH=3", "ValueError: unknown parameter EPOCH: expected EPOCHS, "),
+        ("DATA=some", "ValueError: expected data to be 'auto', 'full' or 'sample', found 'some'"),
+    ],
+)
+def test_wrong_parameters_are_refused_in_one_line_and_the_notebook_stays(clone, argument, expected):
+    before = (clone / "S8.ipynb").read_bytes()
+    done = run_notebook(clone, argument)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(expected)
+    assert (clone / "S8.ipynb").read_bytes() == before
+
+
+def test_notebook_runs_as_a_script(clone):
+    subprocess.run([sys.executable, "-m", "nbconvert", "--to", "script", "S8.ipynb"], cwd=clone, check=True, capture_output=True)
+    script = (clone / "S8.py").read_text()
+    assert "get_ipython" not in script
+    for name, value in {"EPOCHS": 1, "BATCH_SIZE": 500, "DATA": '"sample"'}.items():
+        script = re.sub(rf"(?m)^{name} = .*$", f"{name} = {value}", script)
+    (clone / "S8.py").write_text(script)
+    done = subprocess.run([sys.executable, "S8.py"], cwd=clone, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "embedded sample of 2,500 images" in done.stdout.splitlines()[-1]
