@@ -200,10 +200,14 @@ class AlbumentationsCIFAR10(CIFAR10):
 
 FLIPS, CROPS = (A.HorizontalFlip, A.VerticalFlip), (A.PadIfNeeded, A.RandomCrop)
 WARPS = (A.Rotate, A.Affine, A.ShiftScaleRotate)
-BATCHED = (*FLIPS, *CROPS, *WARPS, A.CoarseDropout, A.RandomBrightnessContrast, A.Normalize, ToTensorV2)
+MOVES = FLIPS + CROPS + WARPS
+BATCHED = (*MOVES, A.CoarseDropout, A.RandomBrightnessContrast, A.Normalize, ToTensorV2)
 BORDERS = {cv2.BORDER_CONSTANT: "zeros", cv2.BORDER_REPLICATE: "border", cv2.BORDER_REFLECT_101: "reflection"}
-
-UNBATCHED_OPTIONS = ("crop_border", "fit_output", "balanced_scale", "ensure_safe_range")
+# The values that an option may have in a batch, whichever transform it belongs to.
+OPTIONS = {"interpolation": (cv2.INTER_LINEAR,), "border_mode": tuple(BORDERS), "brightness_by_max": (True,)}
+OPTIONS |= dict.fromkeys(("crop_border", "fit_output", "balanced_scale", "ensure_safe_range"), (False,))
+OPTIONS |= dict.fromkeys(("position", "pad_position"), ("center",)) | {"normalization": ("standard",)}
+OPTIONS |= dict.fromkeys(("pad_height_divisor", "pad_width_divisor"), (None,))
 
 
 class BatchTransform:
@@ -224,28 +228,22 @@ class BatchTransform:
         self.stages = []  # lists of transforms: the geometric ones that share a sampling, any other by itself
         border = None  # of the geometric stage that is still open
         for step in [compose] if compose.p < 1 else compose.transforms:
-            options = (
-                type(step) in BATCHED
-                and getattr(step, "interpolation", cv2.INTER_LINEAR) == cv2.INTER_LINEAR
-                and getattr(step, "border_mode", cv2.BORDER_CONSTANT) in BORDERS
-                and not isinstance(getattr(step, "fill", 0), str)
-                and getattr(step, "brightness_by_max", True)
-                and getattr(step, "position", "center") == getattr(step, "pad_position", "center") == "center"
-                and getattr(step, "normalization", "standard") == "standard"
-                and getattr(step, "pad_height_divisor", None) is getattr(step, "pad_width_divisor", None) is None
-                and not any(getattr(step, name, False) for name in UNBATCHED_OPTIONS)
-                and (step.p == 1 or not isinstance(step, (*CROPS, A.Normalize, ToTensorV2)))
-            )
-            if not options:
+            last = self.stages[-1][-1] if self.stages else None
+            if (
+                type(step) not in BATCHED
+                or any(getattr(step, name, allowed[0]) not in allowed for name, allowed in OPTIONS.items())
+                or isinstance(getattr(step, "fill", 0), str)
+                or (step.p < 1 and isinstance(step, (*CROPS, A.Normalize, ToTensorV2)))
+                or (isinstance(last, (A.Normalize, ToTensorV2)) and not isinstance(step, ToTensorV2))
+            ):
                 raise NotImplementedError(
-                    f"{step!r} has no batched form: run it image by image, AlbumentationsCIFAR10 behind a DataLoader"
+                    f"{step!r} has no batched form, with these options or in this place: "
+                    "run it image by image, AlbumentationsCIFAR10 behind a DataLoader"
                 )
-            if not isinstance(step, FLIPS + CROPS + WARPS):
-                self.stages.append([step])
-                continue
             own = border_of(step)
-            open_stage = self.stages and isinstance(self.stages[-1][-1], FLIPS + CROPS + WARPS)
-            if open_stage and (own is None or border is None or own == border):
+            pads = own is not None and isinstance(step, CROPS)  # with what is in the frame, not with what has left it
+            same = own is None or border in (None, own)
+            if isinstance(step, MOVES) and isinstance(last, MOVES) and same and not pads:
                 self.stages[-1].append(step)
                 border = border or own
             else:
@@ -264,41 +262,37 @@ class BatchTransform:
         rng = np.random.default_rng((seed, epoch))
         drawn = []
         for step in (step for stage in self.stages for step in stage):
-            height, width = size
-            found = {} if step.p == 1 else {"applied": rng.random(count) < step.p}
+            found = {"applied": np.ones(count, bool) if step.p == 1 else rng.random(count) < step.p}
+            sides = (("y", size[0]), ("x", size[1]))
+            size = output_size(step, size)
             if isinstance(step, A.RandomCrop):
-                size = output_size(step, size)
-                room = (max(0, height - step.height) + 1, max(0, width - step.width) + 1)
-                found |= {"y": (rng.random(count) * room[0]).astype(int), "x": (rng.random(count) * room[1]).astype(int)}
-            elif isinstance(step, A.PadIfNeeded):
-                size = output_size(step, size)
+                for (axis, pixels), kept in zip(sides, size):
+                    found[axis] = (rng.random(count) * (max(0, pixels - kept) + 1)).astype(int)
             elif isinstance(step, A.Rotate):
                 found["rotate"] = rng.uniform(*step.limit, count)
             elif isinstance(step, A.Affine):
-                for axis, pixels in (("x", width), ("y", height)):
+                for axis, pixels in sides[::-1]:
                     if step.translate_px is not None:
                         low, high = map(int, step.translate_px[axis])
                         found["translate_" + axis] = rng.integers(low, high + 1, count)
                     else:
-                        share = (step.translate_percent or {}).get(axis, (0, 0))
-                        found["translate_" + axis] = (rng.uniform(*share, count) * pixels).astype(int)
+                        shift = rng.uniform(*step.translate_percent[axis], count) * pixels
+                        found["translate_" + axis] = shift.astype(int)
                     found["shear_" + axis] = -rng.uniform(*step.shear[axis], count)
-                    found["scale_" + axis] = rng.uniform(*np.broadcast_to(step.scale[axis], 2), count)
+                    found["scale_" + axis] = rng.uniform(*step.scale[axis], count)
                 if step.keep_ratio:
                     found["scale_y"] = found["scale_x"]
                 found["rotate"] = rng.uniform(*step.rotate, count)
             elif isinstance(step, A.CoarseDropout):
                 low, high = step.num_holes_range
-                holes = rng.integers(low, high + 1, count)
-                ranges = ((step.hole_height_range, height), (step.hole_width_range, width))
-                for axis, (span, pixels) in zip("yx", ranges):
+                unused = np.arange(high) >= rng.integers(low, high + 1, count)[:, None]
+                for (axis, pixels), span in zip(sides, (step.hole_height_range, step.hole_width_range)):
                     if step.hole_height_range[1] >= 1:
                         extent = rng.integers(int(span[0]), int(min(span[1], pixels)) + 1, (count, high))
                     else:
                         extent = (pixels * rng.uniform(*span, (count, high))).astype(int)
                     start = (rng.random((count, high)) * (pixels - extent + 1)).astype(int)
-                    extent[np.arange(high) >= holes[:, None]] = 0
-                    found |= {axis + "_min": start, axis + "_max": start + extent}
+                    found |= {axis + "_min": start, axis + "_max": start + np.where(unused, 0, extent)}
             elif isinstance(step, A.RandomBrightnessContrast):
                 found["alpha"] = 1 + rng.uniform(*step.contrast_limit, count)
                 found["beta"] = 255 * rng.uniform(*step.brightness_limit, count)
@@ -308,23 +302,19 @@ class BatchTransform:
     def pack(self, drawn: list[dict[str, np.ndarray]], count: int, size: tuple[int, int]) -> torch.Tensor:
         """The parameters as `__call__` takes them: the maps of geometric stages composed into one, the rest as it is."""
         columns, drawn = [np.empty((count, 0))], iter(drawn)
+        neutral = {"y_min": 0, "y_max": 0, "x_min": 0, "x_max": 0, "alpha": 1, "beta": 0}  # where it is not applied
         for stage in self.stages:
-            if not isinstance(stage[0], FLIPS + CROPS + WARPS):
-                found = next(drawn)
-                applied = found.get("applied", np.ones(count, bool))[:, None]
-                if isinstance(stage[0], A.CoarseDropout):
-                    columns += [np.where(applied, found[key], 0) for key in ("y_min", "y_max", "x_min", "x_max")]
-                elif isinstance(stage[0], A.RandomBrightnessContrast):
-                    neutral = (("alpha", 1), ("beta", 0))
-                    columns += [np.where(applied, found[key][:, None], value) for key, value in neutral]
-                continue
-            # From the coordinates (x, y, 1) of a pixel of the result to those of the image, all transforms at once.
-            back = np.broadcast_to(np.eye(3), (count, 3, 3))
-            for step in stage:
-                found = next(drawn)
-                inverse, size = inverse_map(step, found, count, size)
-                back = back @ np.where(found.get("applied", np.ones(count, bool))[:, None, None], inverse, np.eye(3))
-            columns.append(back[:, :2].reshape(count, 6))
+            forth = np.broadcast_to(np.eye(3), (count, 3, 3))
+            for step, found in zip(stage, drawn):
+                applied = found["applied"][:, None]
+                if isinstance(step, MOVES):
+                    forth = np.where(applied[..., None], forward_map(step, found, count, size), np.eye(3)) @ forth
+                    size = output_size(step, size)
+                else:
+                    known = (key for key in neutral if key in found)
+                    columns += [np.where(applied, found[key].reshape(count, -1), neutral[key]) for key in known]
+            if isinstance(stage[0], MOVES):  # for each pixel (x, y, 1) of the result, its place in the image
+                columns.append(np.linalg.inv(forth)[:, :2].reshape(count, 6))
         return torch.from_numpy(np.concatenate(columns, 1)).to(self.device, torch.float32)
 
     def __call__(self, images: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -341,7 +331,7 @@ class BatchTransform:
         x = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         for stage in self.stages:  # in place: a new tensor a step would cost more than the arithmetic
             step = stage[0]
-            if isinstance(step, FLIPS + CROPS + WARPS):
+            if isinstance(step, MOVES):
                 x, table = sample(x, table[:, :6], stage), table[:, 6:]
             elif isinstance(step, A.CoarseDropout):
                 holes = step.num_holes_range[1]
@@ -349,7 +339,7 @@ class BatchTransform:
                 table = table[:, 4 * holes :]
                 rows, columns = (torch.arange(n, device=x.device) for n in x.shape[2:])
                 inside = ((rows >= y_min) & (rows < y_max))[..., None] & ((columns >= x_min) & (columns < x_max))[:, :, None]
-                fill = per_channel(np.broadcast_to(step.fill, 3).astype(np.uint8), x)
+                fill = per_channel(np.asarray(step.fill).astype(np.uint8), x)
                 x.sub_(fill).mul_(~inside.any(1, keepdim=True)).add_(fill)
             elif isinstance(step, A.RandomBrightnessContrast):
                 alpha, beta = table[:, :2].reshape(len(x), 2, 1, 1, 1).unbind(1)
@@ -360,53 +350,51 @@ class BatchTransform:
         return x
 
 
-def per_channel(values: np.ndarray, x: torch.Tensor) -> torch.Tensor:
-    """Three numbers, one a channel, as a tensor that goes with images (N, 3, H, W)."""
-    return torch.tensor(values, dtype=torch.float32, device=x.device)[:, None, None]
+def per_channel(values: np.ndarray | list[float], x: torch.Tensor) -> torch.Tensor:
+    """A number for each channel, or one for all, as a tensor that goes with images (N, 3, H, W)."""
+    return torch.tensor(values, dtype=torch.float32, device=x.device).reshape(-1, 1, 1)
 
 
 def border_of(step: A.BasicTransform) -> tuple[int, list[float]] | None:
     """The border mode and fill of a geometric transform, None for one that never looks beyond the border."""
-    if isinstance(step, FLIPS) or (isinstance(step, A.RandomCrop) and not step.pad_if_needed):
+    if not isinstance(step, CROPS + WARPS) or not getattr(step, "pad_if_needed", True):
         return None
-    return step.border_mode, np.broadcast_to(step.fill, 3).tolist()
+    return step.border_mode, np.rint(np.broadcast_to(step.fill, 3)).tolist()
 
 
 def output_size(step: A.BasicTransform, size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) after a crop or a padding, whichever the step is, of an image of that size."""
-    if isinstance(step, A.RandomCrop):
-        return step.height, step.width
-    return max(size[0], step.min_height or 0), max(size[1], step.min_width or 0)
+    """(height, width) of what the step makes of an image of that size."""
+    if isinstance(step, A.PadIfNeeded):
+        return max(size[0], step.min_height), max(size[1], step.min_width)
+    if not isinstance(step, A.RandomCrop):
+        return size
+    if not step.pad_if_needed and (step.height > size[0] or step.width > size[1]):
+        raise ValueError(f"expected images of at least {(step.height, step.width)}, found {size}: pad before {step!r}")
+    return step.height, step.width
 
 
-def inverse_map(step: A.BasicTransform, found: dict, count: int, size: tuple[int, int]) -> tuple[np.ndarray, tuple]:
-    """Matrices (count, 3, 3) from the result's pixel coordinates to the input's, and the result's (height, width)."""
-    height, width = size
-    back = np.zeros((count, 3, 3)) + np.eye(3)
+def forward_map(step: A.BasicTransform, found: dict, count: int, size: tuple[int, int]) -> np.ndarray:
+    """Matrices (count, 3, 3) from the pixel coordinates (x, y, 1) of an image of that size to those of the result."""
+    maps = np.zeros((count, 3, 3)) + np.eye(3)
     if isinstance(step, A.HorizontalFlip):
-        back[:, 0, 0], back[:, 0, 2] = -1, width - 1
+        maps[:, 0] = -1, 0, size[1] - 1
     elif isinstance(step, A.VerticalFlip):
-        back[:, 1, 1], back[:, 1, 2] = -1, height - 1
+        maps[:, 1] = 0, -1, size[0] - 1
     elif isinstance(step, CROPS):
-        size = output_size(step, size)
-        back[:, 0, 2] = found.get("x", 0) - max(0, size[1] - width) // 2
-        back[:, 1, 2] = found.get("y", 0) - max(0, size[0] - height) // 2
+        for i, (axis, before, after) in enumerate(zip("yx", size, output_size(step, size))):
+            maps[:, 1 - i, 2] = max(0, after - before) // 2 - found.get(axis, 0)
     else:
         # Albumentations shifts the centre to the origin, scales, rotates, shears and shifts back with the translation.
-        angle = np.deg2rad(found["rotate"])
-        shear_x, shear_y = (np.tan(np.deg2rad(found.get(key, 0.0))) for key in ("shear_x", "shear_y"))
-        scale = (found.get("scale_x", 1.0), found.get("scale_y", 1.0))
-        cos, sin = np.cos(angle), np.sin(angle)
-        a, b = (cos - shear_x * sin) * scale[0], (sin + shear_x * cos) * scale[1]
-        c, d = (shear_y * cos - sin) * scale[0], (shear_y * sin + cos) * scale[1]
-        middle = (width - 1) / 2, (height - 1) / 2
-        shift = middle[0] + found.get("translate_x", 0), middle[1] + found.get("translate_y", 0)
-        determinant = a * d - b * c
-        back[:, 0, 0], back[:, 0, 1] = d / determinant, -b / determinant
-        back[:, 1, 0], back[:, 1, 1] = -c / determinant, a / determinant
-        back[:, 0, 2] = middle[0] - back[:, 0, 0] * shift[0] - back[:, 0, 1] * shift[1]
-        back[:, 1, 2] = middle[1] - back[:, 1, 0] * shift[0] - back[:, 1, 1] * shift[1]
-    return back, size
+        cos, sin = (function(np.deg2rad(found["rotate"])) for function in (np.cos, np.sin))
+        shear_x, shear_y = (np.tan(np.deg2rad(found.get(key, 0))) for key in ("shear_x", "shear_y"))
+        scale_x, scale_y = (found.get(key, 1) for key in ("scale_x", "scale_y"))
+        maps[:, 0, 0], maps[:, 0, 1] = (cos - shear_x * sin) * scale_x, (sin + shear_x * cos) * scale_y
+        maps[:, 1, 0], maps[:, 1, 1] = (shear_y * cos - sin) * scale_x, (shear_y * sin + cos) * scale_y
+        middle = np.array([size[1] - 1, size[0] - 1]) / 2
+        maps[:, :2, 2] = middle - maps[:, :2, :2] @ middle
+        maps[:, 0, 2] += found.get("translate_x", 0)
+        maps[:, 1, 2] += found.get("translate_y", 0)
+    return maps
 
 
 def sample(x: torch.Tensor, maps: torch.Tensor, stage: list[A.BasicTransform]) -> torch.Tensor:
@@ -414,35 +402,21 @@ def sample(x: torch.Tensor, maps: torch.Tensor, stage: list[A.BasicTransform]) -
 
     Flips and crops move whole pixels, exactly; warps interpolate bilinearly.
     """
-    count, _, height, width = x.shape
-    rows, columns = height, width
+    (count, _, height, width), (rows, columns) = x.shape, x.shape[2:]
     for step in stage:
-        if isinstance(step, CROPS):
-            rows, columns = output_size(step, (rows, columns))
+        rows, columns = output_size(step, (rows, columns))
     mode, fill = next(filter(None, map(border_of, stage)), (cv2.BORDER_REPLICATE, [0.0] * 3))
-    shift = mode == cv2.BORDER_CONSTANT and any(fill)  # both samplings below know zero alone
+    shift = mode == cv2.BORDER_CONSTANT and any(fill)  # grid_sample knows zero alone
     if shift:
         x.sub_(per_channel(fill, x))
     xs, ys = torch.arange(columns, device=x.device), torch.arange(rows, device=x.device)
-    if any(isinstance(step, WARPS) for step in stage):
-        places = torch.stack([xs.repeat(rows), ys.repeat_interleave(columns), torch.ones_like(xs).repeat(rows)]).float()
-        # grid_sample wants -1 and 1 for the centres of the first and the last pixel.
-        unit = torch.tensor([[2 / (width - 1)], [2 / (height - 1)]], device=x.device)
-        maps = maps.reshape(count, 2, 3) * unit - torch.tensor([0.0, 0.0, 1.0], device=x.device)
-        grid = (maps.view(-1, 3) @ places).view(count, 2, rows, columns).permute(0, 2, 3, 1)
-        x = F.grid_sample(x, grid, mode="bilinear", padding_mode=BORDERS[mode], align_corners=True)
-    else:
-        places, inside = [], []
-        for scale, offset, steps, extent in ((maps[:, 0], maps[:, 2], xs, width), (maps[:, 4], maps[:, 5], ys, height)):
-            place = (scale[:, None] * steps + offset[:, None]).long()
-            inside.append((place >= 0) & (place < extent))
-            if mode == cv2.BORDER_REFLECT_101:
-                place = (extent - 1) - ((extent - 1) - place.abs()).abs()
-            places.append(place.clamp(0, extent - 1))
-        pixels = (places[1][:, :, None] * width + places[0][:, None]).view(count, 1, -1).expand(-1, 3, -1)
-        x = x.view(count, 3, -1).gather(2, pixels).view(count, 3, rows, columns)
-        if mode == cv2.BORDER_CONSTANT:
-            x.mul_((inside[1][:, :, None] & inside[0][:, None])[:, None])
+    places = torch.stack([xs.repeat(rows), ys.repeat_interleave(columns), torch.ones_like(xs).repeat(rows)]).float()
+    # grid_sample wants -1 and 1 for the centres of the first and the last pixel.
+    unit = torch.tensor([[2 / (width - 1)], [2 / (height - 1)]], device=x.device)
+    maps = maps.reshape(count, 2, 3) * unit - torch.tensor([0.0, 0.0, 1.0], device=x.device)
+    grid = (maps.view(-1, 3) @ places).view(count, 2, rows, columns).permute(0, 2, 3, 1)
+    kind = "bilinear" if any(isinstance(step, WARPS) for step in stage) else "nearest"
+    x = F.grid_sample(x, grid, mode=kind, padding_mode=BORDERS[mode], align_corners=True)
     return x.add_(per_channel(fill, x)) if shift else x
 
 

@@ -23,13 +23,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:ShiftScaleRotate is a special ca
 COLOUR, REFLECT, REPLICATE = (125, 30, 250), cv2.BORDER_REFLECT_101, cv2.BORDER_REPLICATE
 SIZE = (32, 24)  # higher than wide, so that no axis can stand in for the other
 
-EXACT, NEARLY, ROUNDED = 0.0, 1e-6, 1.0  # bounds of the mean absolute difference, in the unit of the pixels
+# Bounds of the mean absolute difference, in the unit of the pixels: 1 is promised. Albumentations rounds each result of
+# a warp to a whole number, and cuts that of a RandomBrightnessContrast off to one.
+EXACT, NEARLY, ROUNDED, CUT_OFF = 0.0, 1e-6, 0.3, 0.6
 CASES = {
     "horizontal flip": (EXACT, [A.HorizontalFlip(p=0.3)]),
     "vertical flip": (EXACT, [A.VerticalFlip(p=0.7)]),
     "rotate": (ROUNDED, [A.Rotate((-15, 40))]),
     "rotate on colour": (ROUNDED, [A.Rotate(90, fill=COLOUR, p=1)]),
     "rotate, reflected": (ROUNDED, [A.Rotate(90, border_mode=REFLECT, p=0.8)]),
+    "rotate twice, two borders": (0.5, [A.Rotate(45, fill=COLOUR, p=1), A.Rotate(45, border_mode=REFLECT, p=1)]),
     "shift scale rotate": (ROUNDED, [A.ShiftScaleRotate(0.1, 0.1, 15)]),
     "shift scale rotate, limits": (
         ROUNDED,
@@ -54,8 +57,8 @@ CASES = {
     "crop, then pad": (EXACT, [A.RandomCrop(24, 20), A.PadIfNeeded(32, 32, fill=9)]),
     "dropout": (EXACT, [A.CoarseDropout((1, 4), (3, 9), (0, 40), fill=7)]),
     "dropout in shares": (EXACT, [A.CoarseDropout((2, 3), (0.1, 0.4), (0.0, 0.25), fill=COLOUR, p=0.9)]),
-    "brightness, contrast": (ROUNDED, [A.RandomBrightnessContrast(p=0.4)]),
-    "brightness, contrast, limits": (ROUNDED, [A.RandomBrightnessContrast((0.1, 0.3), (-0.7, -0.2), p=1)]),
+    "brightness, contrast": (CUT_OFF, [A.RandomBrightnessContrast(p=0.4)]),
+    "brightness, contrast, limits": (CUT_OFF, [A.RandomBrightnessContrast((0.1, 0.3), (-0.7, -0.2), p=1)]),
     "normalise": (NEARLY, [A.Normalize(MEAN, STD), ToTensorV2()]),
     "normalise by numbers": (NEARLY, [A.Normalize(0.5, 0.25, max_pixel_value=200)]),
     "train_transform": (NEARLY, train_transform().transforms),
@@ -130,12 +133,12 @@ def test_same_picture_from_the_same_parameters(name, images, affine):
     table = transform.pack(drawn, len(images), originals.shape[1:3])
     found = transform(torch.from_numpy(originals), table).permute(0, 2, 3, 1).numpy()
     assert found.dtype == np.float32 and found.shape == np.shape(expected)
-    difference = np.abs(found - np.float64(expected))
-    assert difference.mean() <= bound
-    print(f"{name}: mean {difference.mean():.3g}, worst image {difference.mean((1, 2, 3)).max():.3g}, max {difference.max():.3g}")
+    difference = np.abs(found - np.float64(expected)).mean((1, 2, 3))
+    assert difference.mean() <= bound and difference.max() < 1, (difference.mean(), difference.max())
     untouched = ~np.any([row["applied"] for row in drawn], axis=0)
     assert untouched.any() == all(step.p < 1 for step in steps)
-    assert not untouched.any() or np.array_equal(found[untouched], originals[untouched])
+    if untouched.any():  # a neighbour's warp interpolates them too, at their own pixels
+        assert np.abs(found[untouched] - originals[untouched]).max() <= (1e-3 if bound == ROUNDED else 0)
 
 
 def numbers_of(found: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
@@ -167,8 +170,8 @@ def test_parameters_are_distributed_as_albumentations_draws_them(name, affine):
         # One draw must not do for two parameters, nor two for one.
         moving = [key for key in mine if key not in ("holes", "applied") and np.ptp(mine[key]) > 0]
         if len(moving) > 1:
-            correlations = [np.corrcoef([numbers[key] for key in moving]) for numbers in (mine, other)]
-            assert np.abs(correlations[0] - correlations[1]).max() < 0.05
+            ours_go, theirs_go = (np.corrcoef([numbers[key] for key in moving]) for numbers in (mine, other))
+            assert np.abs(ours_go - theirs_go).max() < 0.05
 
 
 def test_the_distribution_test_tells_15_degrees_from_16(affine):
@@ -201,58 +204,50 @@ def test_picture_follows_from_seed_epoch_and_index_alone(compose, images):
 def test_fused_warps_are_one_warp_by_the_product_of_the_maps(border, images):
     steps = [A.HorizontalFlip(), A.Rotate(15, **border), A.ShiftScaleRotate(0.1, 0.1, 15, **border)]
     transform = BatchTransform(A.Compose(steps))
-    drawn = transform.parameters(len(images), SIZE, 0, 0)
-    originals, middle, one = images[:, :, : SIZE[1]], fgeometric.center(SIZE), {"x": 1, "y": 1}
+    drawn, originals, difference = transform.parameters(len(images), SIZE, 0, 0), images[:, :, : SIZE[1]], []
     found = transform(torch.from_numpy(originals), transform.pack(drawn, len(images), SIZE)).permute(0, 2, 3, 1).numpy()
-    difference = []
     for i, image in enumerate(originals):
-        flip, turn, shift = ({key: values[i] for key, values in parameters.items()} for parameters in drawn)
-        move, scale = ({axis: shift[f"{name}_{axis}"] for axis in "xy"} for name in ("translate", "scale"))
-        matrix = np.diag([-1.0, 1, 1]) if flip["applied"] else np.eye(3)
-        matrix[0, 2] = (SIZE[1] - 1) * flip["applied"]
-        still = {"x": 0, "y": 0}
-        if turn["applied"]:
-            matrix = fgeometric.create_affine_transformation_matrix(still, still, one, turn["rotate"], middle) @ matrix
-        if shift["applied"]:
-            matrix = fgeometric.create_affine_transformation_matrix(move, still, scale, shift["rotate"], middle) @ matrix
+        matrix = np.array([[-1.0, 0, SIZE[1] - 1], [0, 1, 0], [0, 0, 1]]) if drawn[0]["applied"][i] else np.eye(3)
+        for row in ({key: values[i] for key, values in parameters.items()} for parameters in drawn[1:]):
+            names = (("translate", 0), ("shear", 0), ("scale", 1))
+            pairs = ({axis: row.get(f"{name}_{axis}", still) for axis in "xy"} for name, still in names)
+            if row["applied"]:
+                centre = fgeometric.center(SIZE)
+                matrix = fgeometric.create_affine_transformation_matrix(*pairs, row["rotate"], centre) @ matrix
         mode = border.get("border_mode", cv2.BORDER_CONSTANT)
         expected = fgeometric.warp_affine(image, matrix, cv2.INTER_LINEAR, border.get("fill", 0), mode, SIZE)
         difference.append(np.abs(found[i] - expected).mean())
-    print(f"fused {border}: mean {np.mean(difference):.3g}, worst image {max(difference):.3g}")
-    assert len(transform.stages) == 1 and np.mean(difference) < ROUNDED
+    assert len(transform.stages) == 1 and np.mean(difference) < ROUNDED and max(difference) < 1
 
 
-REFUSED = [
-    A.GaussianBlur(),
-    A.OneOf([A.HorizontalFlip()]),
-    A.SafeRotate(),
-    A.Rotate(crop_border=True),
-    A.Rotate(interpolation=cv2.INTER_NEAREST),
-    A.Rotate(border_mode=cv2.BORDER_WRAP),
-    A.Affine(fit_output=True),
-    A.Affine(balanced_scale=True),
-    A.PadIfNeeded(40, 40, position="random"),
-    A.PadIfNeeded(None, None, 16, 16),
-    A.RandomCrop(24, 24, p=0.5),
-    A.CoarseDropout(fill="random"),
-    A.RandomBrightnessContrast(brightness_by_max=False),
-    A.RandomBrightnessContrast(ensure_safe_range=True),
-    A.Normalize(normalization="image"),
+REFUSED = [  # in each row the last
+    [A.GaussianBlur()],
+    [A.OneOf([A.HorizontalFlip()])],
+    [A.SafeRotate()],
+    [A.Rotate(crop_border=True)],
+    [A.Rotate(interpolation=cv2.INTER_NEAREST)],
+    [A.Rotate(border_mode=cv2.BORDER_WRAP)],
+    [A.Affine(fit_output=True)],
+    [A.Affine(balanced_scale=True)],
+    [A.PadIfNeeded(40, 40, position="random")],
+    [A.PadIfNeeded(None, None, 16, 16)],
+    [A.RandomCrop(24, 24, p=0.5)],
+    [A.CoarseDropout(fill="random")],
+    [A.RandomBrightnessContrast(brightness_by_max=False)],
+    [A.RandomBrightnessContrast(ensure_safe_range=True)],
+    [A.Normalize(normalization="image")],
+    # Where pixels go from 0 to 1, or less, these mean something else.
+    [A.Normalize(), A.CoarseDropout(fill=0.5)],
+    [A.Normalize(), A.RandomBrightnessContrast()],
 ]
 
 
-@pytest.mark.parametrize("step", REFUSED, ids=lambda step: type(step).__name__)
-def test_refuses_what_it_cannot_do_and_says_who_can(step):
-    with pytest.raises(NotImplementedError, match=rf"(?s){type(step).__name__}\(.*AlbumentationsCIFAR10"):
-        BatchTransform(A.Compose([A.HorizontalFlip(), step]))
-    with pytest.raises(NotImplementedError, match=r"(?s)Compose\(.*AlbumentationsCIFAR10"):
+@pytest.mark.parametrize("steps", REFUSED, ids=lambda steps: type(steps[-1]).__name__)
+def test_refuses_what_it_cannot_do_and_says_who_can(steps):
+    with pytest.raises(NotImplementedError, match=rf"(?s)^{type(steps[-1]).__name__}\(.*AlbumentationsCIFAR10"):
+        BatchTransform(A.Compose([A.HorizontalFlip(), *steps]))
+    with pytest.raises(NotImplementedError, match=r"(?s)^Compose\(.*AlbumentationsCIFAR10"):
         BatchTransform(A.Compose([A.HorizontalFlip()], p=0.5))
-
-
-@pytest.mark.parametrize("step", [A.Normalize(MEAN, STD), A.CoarseDropout(fill=0.5), A.RandomBrightnessContrast()])
-def test_refuses_what_comes_after_normalize(step):
-    with pytest.raises(NotImplementedError, match=rf"(?s){type(step).__name__}\(.*AlbumentationsCIFAR10"):
-        BatchTransform(A.Compose([A.Normalize(MEAN, STD), step]))
 
 
 def test_wrong_images_are_refused_with_expected_and_found(images):

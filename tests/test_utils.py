@@ -17,6 +17,7 @@ import torchvision
 from albumentations.pytorch import ToTensorV2
 from torch import nn
 
+from dataset import MEAN, STD
 from model import Net
 from utils import (
     COLUMNS,
@@ -246,6 +247,8 @@ def test_full_data_set_agrees_with_the_published_statistics(cifar10_root, capsys
         assert found["min"] == (0.0,) * 3 and found["max"] == (1.0,) * 3
         for key, expected in published.items():  # the published figures were summed in float32
             assert np.abs(np.subtract(found[key], expected)).max() < 1e-6, (name, key)
+        if name == "Train":
+            assert found["mean"] == MEAN and found["std"] == STD
         labels = np.concatenate([batch[b"labels"] for batch in batches])
         assert np.bincount(labels).tolist() == [len(images) // 10] * 10
     assert " - Total Test Images: 10000" in capsys.readouterr().out
