@@ -1,5 +1,6 @@
 # make notebook [EPOCHS=100 DATA=auto ...]   execute S8.ipynb in place; any parameter of its first code cell
 # make test                                  pass the tests
+# make bench                                 measure the speed of every part beside what others use
 
 PYTHON ?= python3
 # The parameters are the variables given on make's command line, whatever they are called: the notebook refuses unknown ones.
@@ -11,6 +12,9 @@ notebook: .venv/installed
 test: .venv/installed
 	@.venv/bin/python -m pytest
 
+bench: .venv/installed
+	@.venv/bin/python bench.py
+
 .venv/installed: requirements.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: apt-get install python3 python3-venv"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
@@ -20,4 +24,4 @@ test: .venv/installed
 	.venv/bin/python -m pip install --disable-pip-version-check --progress-bar on -r requirements.txt
 	@touch $@
 
-.PHONY: notebook test
+.PHONY: notebook test bench
