@@ -44,6 +44,8 @@ def main() -> None:
         )
     except papermill.PapermillExecutionError as error:
         sys.exit(f"{error.ename}: {error.evalue}")
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted: {NOTEBOOK} is as it was, and what this run had done is in {GROWING}")
     os.replace(GROWING, NOTEBOOK)
 
 

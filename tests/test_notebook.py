@@ -3,6 +3,7 @@ import hashlib
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -97,6 +98,20 @@ def test_wrong_parameters_are_refused_in_one_line_and_the_notebook_stays(clone, 
     before = (clone / "S8.ipynb").read_bytes()
     done = run_notebook(clone, argument)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(expected)
+    assert (clone / "S8.ipynb").read_bytes() == before
+
+
+def test_an_interrupted_run_leaves_the_notebook(clone):
+    before = (clone / "S8.ipynb").read_bytes()
+    run = subprocess.Popen(
+        [sys.executable, "run_notebook.py", "DATA=sample"], cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in run.stdout:  # the notebook's own first line: it is under way
+        if line.startswith("SAMPLE"):
+            break
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 1 and errors.splitlines()[-1].startswith("interrupted: S8.ipynb is as it was")
     assert (clone / "S8.ipynb").read_bytes() == before
 
 

@@ -1,3 +1,4 @@
+import copy
 import csv
 import re
 
@@ -10,7 +11,7 @@ import dataset
 import training_utils
 from dataset import ASSETS, AlbumentationsCIFAR10, BatchLoader, train_transform
 from model import Net
-from training_utils import fit, train
+from training_utils import compiled, fit, train
 
 TRAIN_LINE = r"Train: Loss=\d+\.\d{4} Batch_id=%d Accuracy=\d+\.\d\d: 100%%\|██████████\| %d/%d \[\d\d:\d\d<00:00, +[\d.]+(it/s|s/it)\]"
 TEST_LINE = r"Test set: Average loss: \d+\.\d{4}, Accuracy: \d+/%d \(\d+\.\d\d%%\)"
@@ -69,6 +70,46 @@ def test_fit_learns_the_sample_and_writes_what_it_prints(tmp_path, capsys):
     assert [row["learning_rate"] for row in rows] == pytest.approx([0.1, 0.1 * 2 / 3, 0.1 / 3])
     # The model holds what was tested last: the averaged weights.
     assert training_utils.test(net, test_loader) == (history[-1]["test_loss"], history[-1]["test_accuracy"])
+
+
+def test_fast_path_has_the_losses_of_a_plain_loop(monkeypatch, capsys):
+    """Compiled, channels-last, fused: the same maths. In float32, 20 steps on real images."""
+    monkeypatch.setattr(training_utils, "precision", lambda device: torch.float32)
+    torch.manual_seed(0)
+    images = AlbumentationsCIFAR10(ASSETS, transform=train_transform())
+    batches = [batch for batch in BatchLoader(images, 48, shuffle=True)][:20]
+    plain = Net()
+    fast = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+
+    expected = []
+    plain_sgd = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    for inputs, targets in batches:
+        loss = F.cross_entropy(plain(inputs), targets)
+        plain_sgd.zero_grad()
+        loss.backward()
+        plain_sgd.step()
+        expected.append(loss.item())
+
+    fast_sgd = torch.optim.SGD(fast.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
+    network = compiled(fast.train(), batches[0][0])
+    found = [train(fast, [batch], fast_sgd, network=network)[0] for batch in batches]
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert expected[-1] < expected[0]
+
+
+def test_a_compiler_that_fails_is_named_and_done_without(monkeypatch, capsys):
+    def fails(model, **options):
+        def forward(images):
+            raise UnboundLocalError("as torch 2.11 does in its backward pass on the CPU")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", fails)
+    net = Net()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    assert compiled(net, torch.zeros(2, 3, 32, 32)) is net
+    assert capsys.readouterr().out == "torch.compile fails here (UnboundLocalError): going on without it\n"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
 def test_set_epoch_reaches_loader_sampler_and_data_set():
