@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -258,6 +258,6 @@ def write_history(history: list[dict[str, float]], path: str | Path) -> None:
 def save_weights(model: nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
     """Write the state dict as safetensors, with the metadata, beside its place and then renamed into it."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    partial = f"{path}.partial"
-    save_file(state, partial, metadata)
+    partial = Path(f"{path}.partial")
+    partial.write_bytes(save(state, metadata))
     os.replace(partial, path)
