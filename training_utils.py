@@ -11,6 +11,7 @@ import copy
 import csv
 import ctypes
 import functools
+import logging
 import os
 import sys
 import time
@@ -62,9 +63,10 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def forward(model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-    """Logits (N, C) in float32, computed in the device's best precision, channels last."""
+    """Logits (N, C) in float32 at least, computed in the device's best precision, channels last."""
     with autocast(images.device):
-        return model(images.contiguous(memory_format=torch.channels_last)).float()
+        logits = model(images.contiguous(memory_format=torch.channels_last))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def compiled(model: nn.Module, images: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -73,6 +75,8 @@ def compiled(model: nn.Module, images: torch.Tensor) -> Callable[[torch.Tensor],
     The failure may come as late as the first backward pass, so one is tried; the model and the random state stay
     as they were. Batches of another shape, the last one of an epoch, run uncompiled: a compilation takes longer.
     """
+    # Where a CUDA compiler is installed and no GPU, this logger warns of what nobody asked for.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     state = copy.deepcopy(model.state_dict())
     fast = torch.compile(model, dynamic=False)
     start = time.perf_counter()
@@ -159,7 +163,9 @@ def test(model: nn.Module, loader: Iterable) -> tuple[float, float]:
     seen = 0
     for images, targets in progress(loader, desc="Test", leave=False, delay=2):
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        logits = forward(model, images)
+        # A large batch is what a GPU wants; on a CPU past 250 images the activations only take memory.
+        parts = images.split(250) if device.type == "cpu" else [images]
+        logits = torch.cat([forward(model, part) for part in parts])
         loss_sum += F.cross_entropy(logits, targets, reduction="sum")
         correct += (logits.argmax(1) == targets).sum()
         seen += len(targets)

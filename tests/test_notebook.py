@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from conftest import REPOSITORY
 
-FIGURES = 7
+FIGURES = 6
 
 
 def text_of(cell) -> str:
