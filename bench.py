@@ -1,8 +1,8 @@
 """What each part of a training run costs beside what people would use instead: `make bench`, a minute or two a part.
 
-Every row of a table is measured in the same process, in turn with the others, several times; the table and
-assets/bench.csv give the median, and its ratio to the first row, the way of the seed that this repository
-grew from. Machines differ and are noisy: ratios of one run hold better than absolutes. `python bench.py input
+The rows of `input`, `step` and `epoch` are measured in one process, in turn, several times; the table and
+assets/bench.csv give the median, and its ratio to the first row, the way of the project that this one grew
+from ("the seed"). `growth` runs each row in a process of its own, `predict` this repository alone. Machines differ and are noisy: ratios of one run hold better than absolutes. `python bench.py input
 step` runs single parts. assets/bench.png is drawn from the table.
 """
 
@@ -312,7 +312,7 @@ print("rate", rate, "peak", bench.peak_memory())
 def bench_growth() -> list[dict]:
     """How speed and memory go with batch size, threads and image size: an uncompiled step each, in its own process."""
     cores = os.cpu_count()
-    rows = [(256, 32, cores)] + [(batch, 32, cores) for batch in (64, 1024, 4096)] + [(256, 32, 1), (256, 64, cores), (256, 96, cores)]
+    rows = [(batch, 32, cores) for batch in (64, 256, 1024, 4096)] + [(256, 32, 1), (256, 64, cores), (256, 96, cores)]
     speed, memory = {}, {}
     for batch, size, threads in tqdm(rows, desc="growth", leave=False):
         name = f"batch {batch}, {size}x{size}, {threads} thread{'s' * (threads > 1)}"

@@ -4,8 +4,9 @@ The data: A. Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Im
 and 10,000 test images of 32x32 pixels in ten classes, https://www.cs.toronto.edu/~kriz/cifar.html.
 
 Randomness is counted, not consumed: which augmentation an image receives, and when it is its turn,
-follows from (seed, epoch, index) alone, never from the batch size, the number of workers or what ran
-before. (Albumentations 2.0.8 left to itself repeats the same augmentations in every epoch when it
+follows from the seed, the epoch and its index in the data set, never from the batch size, the number of
+workers, the device or what ran before. (`BatchTransform` and `AlbumentationsCIFAR10` draw from the same
+distributions, but not the same numbers. Albumentations 2.0.8 left to itself repeats the same augmentations in every epoch when it
 runs in `DataLoader` workers: AlbumentationsX issue 266.)
 """
 

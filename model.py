@@ -1,9 +1,9 @@
 """Net: a CIFAR-10 classifier of 193,535 parameters, without pooling between its layers.
 
-Every stage does three things in turn: it mixes channels cheaply (a depthwise 3x3, then a pointwise
-1x1 convolution), looks far (two 3x3 convolutions with dilation 2), and shrinks the map (a 3x3
-convolution with stride 2; stride 1 in the last stage). After each of these four come ReLU, batch
-norm and dropout, in that order. No convolution has a bias: the batch norms carry the offsets.
+Every stage is four blocks in turn: a depthwise-separable convolution (depthwise 3x3, then pointwise
+1x1), two 3x3 convolutions with dilation 2, and a 3x3 convolution with stride 2 (1 in the last stage)
+that shrinks the map. Each block ends in ReLU, batch norm and dropout, in that order. No convolution
+has a bias: the batch norms carry the offsets.
 
     stage   channels   map in    map out   parameters   receptive field at its end
     1       3 -> 32    32 x 32   16 x 16       28,027     13 px
@@ -36,12 +36,15 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or not 0 < self.p < 1 or x.device.type != "cpu":
+        dropped = round(self.p * 65536)
+        if not self.training or not 0 < dropped < 65536 or x.device.type != "cpu":
+            return super().forward(x)
+        if not x.is_contiguous() and not (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
             return super().forward(x)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        kept = bits[: x.numel()] >= round(self.p * 65536) - 32768
-        # In the order in which x lies in memory, whatever its format.
-        return x * kept.as_strided(x.shape, x.stride()) * (1 / (1 - self.p))
+        kept = bits[: x.numel()] >= dropped - 32768
+        # In the order in which x lies in memory: contiguous or channels-last.
+        return x * kept.as_strided(x.shape, x.stride()) * (65536 / (65536 - dropped))
 
 
 def block(dropout: float, **convolutions: nn.Conv2d) -> nn.Sequential:

@@ -46,6 +46,9 @@ def main() -> None:
         sys.exit(f"{error.ename}: {error.evalue}")
     except KeyboardInterrupt:
         sys.exit(f"interrupted: {NOTEBOOK} is as it was, and what this run had done is in {GROWING}")
+    notebook = nbformat.read(GROWING, as_version=4)
+    notebook.metadata.pop("papermill", None)  # it holds a copy of the whole input
+    nbformat.write(notebook, GROWING)
     os.replace(GROWING, NOTEBOOK)
 
 

@@ -190,12 +190,15 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train for `epochs` epochs and test after each; the test results decide nothing.
 
+    For image classifiers: batches of images (N, C, H, W). The model is made channels-last, and on a CPU the
+    process keeps the memory that it frees from then on (`keep_freed_memory`).
+
     Args:
         ema_decay: what is tested, and what `model` holds in the end, is the exponential moving average of
             the weights and batch statistics, with this decay a step (Polyak and Juditsky 1992; Tarvainen
             and Valpola 2017, arXiv:1703.01780), or (1 + t) / (10 + t) at step t while that is smaller, so
             that a short run forgets its first steps too; 0 for the plain weights.
-        compile: run the training step through `torch.compile`: half a minute that a long run earns back.
+        compile: run the training step through `torch.compile`: it takes up to half a minute, which a long run earns back.
         history_file: a CSV file to write the history to, one row an epoch, after every epoch.
 
     Returns the history, a dict an epoch: epoch (from 1), train_loss, train_accuracy, test_loss,

@@ -1,4 +1,4 @@
-"""Questions asked of a model or of a data set; nothing here knows which model or which data set.
+"""Inspection and prediction: nothing here knows which model or which data set it is given.
 
     model_summary                    the table of layers, output shapes and parameters
     receptive_field                  the receptive field, layer by layer
@@ -322,7 +322,8 @@ def predictions(model: nn.Module, loader) -> tuple[torch.Tensor, torch.Tensor]:
     try:
         for images, labels in loader:
             # Both stay on their devices until the end: no waiting for the GPU between batches.
-            for part in images.split(250):  # a larger part is no faster, and its activations take a gigabyte a 1,000
+            # A large batch is what a GPU wants; on a CPU past 250 images the activations only take memory.
+            for part in images.split(250) if device.type == "cpu" else [images]:
                 probabilities.append(model(part.to(device, non_blocking=True)).float().softmax(1))
             targets.append(labels)
     finally:
