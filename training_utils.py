@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -72,8 +72,9 @@ def forward(model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor)
 def compiled(model: nn.Module, images: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """The model as `torch.compile` makes it for batches like this one; itself where the compiler fails, in a line.
 
-    The failure may come as late as the first backward pass, so one is tried; the model and the random state stay
-    as they were. Batches of another shape, the last one of an epoch, run uncompiled: a compilation takes longer.
+    In training mode the failure may come as late as the first backward pass, so one is tried; the model and the random
+    state stay as they were. In evaluation mode the result is for use without gradients. Batches of another shape, the
+    last one of an epoch, run uncompiled: a compilation takes longer.
     """
     # Where a CUDA compiler is installed and no GPU, this logger warns of what nobody asked for.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -81,22 +82,24 @@ def compiled(model: nn.Module, images: torch.Tensor) -> Callable[[torch.Tensor],
     fast = torch.compile(model, dynamic=False)
     start = time.perf_counter()
     try:
-        with torch.random.fork_rng():
-            forward(fast, images).sum().backward()
+        with torch.random.fork_rng(), torch.set_grad_enabled(model.training):
+            logits = forward(fast, images)
+            if model.training:
+                logits.sum().backward()
     except Exception as error:  # whatever a compiler may raise: there is a way on
         print(f"torch.compile fails here ({type(error).__name__}): going on without it")
         return model
     finally:
         model.load_state_dict(state)
         model.zero_grad()
-    print(f"torch.compile took {time.perf_counter() - start:.0f} s")
+    print(f"torch.compile took {time.perf_counter() - start:.0f} s for the {'training' if model.training else 'test'} step")
     return lambda batch: fast(batch) if batch.shape == images.shape else model(batch)
 
 
 def keep_freed_memory() -> None:
     """Have glibc keep the memory of freed tensors for the next ones, in place of giving it back to the system.
 
-    A step on the CPU frees and takes hundreds of megabytes; mapping and zeroing them anew takes a fifth of its time.
+    A step on the CPU frees and takes hundreds of megabytes; else the system maps and zeroes them anew in every step.
     Elsewhere than on Linux with glibc nothing happens.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
@@ -152,9 +155,19 @@ def train(
     return loss, accuracy
 
 
+def parts_of(images: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Batches to test on: a large one is what a GPU wants; a CPU is fastest while the activations stay in its cache."""
+    return images.split(100) if images.device.type == "cpu" else [images]
+
+
 @torch.no_grad()
-def test(model: nn.Module, loader: Iterable) -> tuple[float, float]:
-    """The mean cross-entropy and the accuracy in percent over all the loader's samples, printed and returned."""
+def test(
+    model: nn.Module, loader: Iterable, *, network: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> tuple[float, float]:
+    """The mean cross-entropy and the accuracy in percent over all the loader's samples, printed and returned.
+
+    `network` computes what the model does in evaluation mode, faster: see `compiled`.
+    """
     device = device_of(model)
     was_training = model.training
     model.eval()
@@ -163,9 +176,7 @@ def test(model: nn.Module, loader: Iterable) -> tuple[float, float]:
     seen = 0
     for images, targets in progress(loader, desc="Test", leave=False, delay=2):
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        # A large batch is what a GPU wants; on a CPU past 250 images the activations only take memory.
-        parts = images.split(250) if device.type == "cpu" else [images]
-        logits = torch.cat([forward(model, part) for part in parts])
+        logits = torch.cat([forward(network or model, part) for part in parts_of(images)])
         loss_sum += F.cross_entropy(logits, targets, reduction="sum")
         correct += (logits.argmax(1) == targets).sum()
         seen += len(targets)
@@ -198,7 +209,8 @@ def fit(
             the weights and batch statistics, with this decay a step (Polyak and Juditsky 1992; Tarvainen
             and Valpola 2017, arXiv:1703.01780), or (1 + t) / (10 + t) at step t while that is smaller, so
             that a short run forgets its first steps too; 0 for the plain weights.
-        compile: run the training step through `torch.compile`: it takes up to half a minute, which a long run earns back.
+        compile: run the training step, and on a CPU the test, through `torch.compile`: it takes up to a minute, which
+            a long run earns back.
         history_file: a CSV file to write the history to, one row an epoch, after every epoch.
 
     Returns the history, a dict an epoch: epoch (from 1), train_loss, train_accuracy, test_loss,
@@ -212,13 +224,17 @@ def fit(
     model.to(memory_format=torch.channels_last)
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"Training on {processor}, in {str(precision(device)).removeprefix('torch.')}, channels-last")
-    network = compiled(model.train(), next(iter(train_loader))[0].to(device)) if compile else model
-    print()
     average = AveragedModel(
         model,
         multi_avg_fn=lambda old, new, t: get_ema_multi_avg_fn(min(ema_decay, float((1 + t) / (10 + t))))(old, new, t),
         use_buffers=True,
     )
+    network = tested = None
+    if compile:
+        network = compiled(model.train(), next(iter(train_loader))[0].to(device))
+        if device.type == "cpu":  # on a GPU the test takes too short a time to win the compiler's back
+            tested = compiled(average.module.eval(), parts_of(next(iter(test_loader))[0])[0])
+    print()
     history = []
     for epoch in range(1, epochs + 1):
         start = time.perf_counter()
@@ -236,7 +252,7 @@ def fit(
             network=network,
             after_step=lambda: average.update_parameters(model),
         )
-        test_loss, test_accuracy = test(average.module, test_loader)
+        test_loss, test_accuracy = test(average.module, test_loader, network=tested)
         history.append(
             {
                 "epoch": epoch,

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -72,33 +73,41 @@ def test_fit_learns_the_sample_and_writes_what_it_prints(tmp_path, capsys):
     assert training_utils.test(net, test_loader) == (history[-1]["test_loss"], history[-1]["test_accuracy"])
 
 
-def test_fast_path_has_the_losses_of_a_plain_loop(monkeypatch, capsys):
-    """Compiled, channels-last, fused: the same maths, for 20 steps on real images.
+@pytest.mark.parametrize("kind, learning_rate", [("float32", 5e-4), ("float64", 0.01)])
+def test_fast_path_has_the_losses_of_a_plain_loop(kind, learning_rate, monkeypatch, capsys):
+    """Channels-last, fused, in float32 also compiled: the same maths, for 20 steps on real images.
 
-    In float64, because float32 cannot tell: torch's channels-last batch norm and the compiler's reductions round
-    differently from its plain ones, and a fresh network with batch norm magnifies that a thousandfold in 20 steps.
+    In float32 from the trained weights. From fresh ones only float64 can tell: there the network magnifies a rounding
+    a hundredfold a step, and a plain float32 loop on one thread is soon as far from the same on two.
     """
+    dtype = getattr(torch, kind)
     monkeypatch.setattr(training_utils, "precision", lambda device: torch.float32)
     torch.manual_seed(0)
     images = AlbumentationsCIFAR10(ASSETS, transform=train_transform())
-    batches = [(inputs.double(), targets) for inputs, targets in BatchLoader(images, 48, shuffle=True)][:20]
-    plain = Net().double()
-    fast = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    batches = [(inputs.to(dtype), targets) for inputs, targets in BatchLoader(images, 100 if kind == "float32" else 50, shuffle=True)][:20]
+    start = Net()
+    if kind == "float32":
+        start.load_state_dict(load_file(ASSETS / "net.safetensors"))
 
-    expected = []
-    plain_sgd = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    for inputs, targets in batches:
-        loss = F.cross_entropy(plain(inputs), targets)
-        plain_sgd.zero_grad()
-        loss.backward()
-        plain_sgd.step()
-        expected.append(loss.item())
+    def plain_loop(nesterov=True):
+        net, losses = copy.deepcopy(start).to(dtype), []
+        sgd = torch.optim.SGD(net.parameters(), learning_rate, momentum=0.9, nesterov=nesterov, weight_decay=5e-4)
+        for inputs, targets in batches:
+            loss = F.cross_entropy(net(inputs), targets)
+            sgd.zero_grad()
+            loss.backward()
+            sgd.step()
+            losses.append(loss.item())
+        return losses
 
-    fast_sgd = torch.optim.SGD(fast.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
-    network = compiled(fast.train(), batches[0][0])
-    found = [train(fast, [batch], fast_sgd, network=network)[0] for batch in batches]
-    assert found == pytest.approx(expected, abs=1e-5)
-    assert expected[-1] < expected[0]
+    fast = copy.deepcopy(start).to(dtype, memory_format=torch.channels_last).train()
+    sgd = torch.optim.SGD(fast.parameters(), learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
+    network = compiled(fast, batches[0][0]) if kind == "float32" else fast
+    if kind == "float32" and network is fast:
+        pytest.skip("the compiler fails with this version of torch, and channels-last alone rounds to 3e-5")
+    found = [train(fast, [batch], sgd, network=network)[0] for batch in batches]
+    assert found == pytest.approx(plain_loop(), rel=0, abs=1e-5)
+    assert found != pytest.approx(plain_loop(nesterov=False), rel=0, abs=1e-4)  # what this test is there to tell apart
 
 
 def test_a_compiler_that_fails_is_named_and_done_without(monkeypatch, capsys):
