@@ -5,20 +5,35 @@ sampler or its data set offers as `set_epoch(epoch)` is called before each epoch
 
 Losses and accuracies are exact over all samples, whatever the batch sizes: sums are kept on the
 device, and the processor waits for them only when the progress bar is drawn anew.
+
+A run with a checkpoint survives: after every epoch all that decides what comes next is on the disk, and the same call
+goes on from there, bit for bit on the same processor. Nothing that is loaded here can run code.
 """
 
+import contextlib
 import copy
 import csv
 import ctypes
 import functools
+import io
 import logging
 import os
+import pickle
+import random
+import re
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
@@ -128,18 +143,20 @@ def train(
 
     Returns the mean cross-entropy (without label smoothing, so that it compares with `test`'s) and the
     accuracy in percent over all the epoch's samples, each as the model was when it saw them.
+    Raises FloatingPointError for a loss that is NaN or infinite: at once on a CPU, within half a second on a GPU.
     """
     device = device_of(model)
     model.train()
     loss_sum = torch.zeros((), device=device, dtype=torch.float64)
-    correct = torch.zeros((), device=device, dtype=torch.int64)
-    seen, redraw_at = 0, time.monotonic()
+    correct, finite = torch.zeros(2, device=device, dtype=torch.int64)  # finite: the steps before the first bad loss
+    seen, redraw_at, rates = 0, time.monotonic(), []
     with progress(loader, desc="Train") as bar:
         for batch_id, (images, targets) in enumerate(bar):
             images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             logits = forward(network or model, images)
             optimizer.zero_grad()
             F.cross_entropy(logits, targets, label_smoothing=label_smoothing).backward()
+            rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
@@ -147,8 +164,15 @@ def train(
             with torch.no_grad():
                 loss_sum += F.cross_entropy(logits, targets, reduction="sum")
                 correct += (logits.argmax(1) == targets).sum()
+                finite += (finite == batch_id) & loss_sum.isfinite()
             seen += len(targets)
-            if time.monotonic() >= redraw_at or batch_id + 1 == len(loader):
+            redraw = time.monotonic() >= redraw_at or batch_id + 1 == len(loader)
+            if (redraw or device.type == "cpu") and (bad := finite.item()) <= batch_id:
+                raise FloatingPointError(
+                    f"expected a finite loss, found {loss_sum.item()} in step {bad + 1} of {len(loader)} "
+                    f"at learning rate {rates[bad]:.4g}: lower it, or look for NaN in the images"
+                )
+            if redraw:
                 loss, accuracy = loss_sum.item() / seen, 100 * correct.item() / seen
                 bar.set_description(f"Train: Loss={loss:.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}", refresh=False)
                 redraw_at = time.monotonic() + REDRAW
@@ -198,11 +222,17 @@ def fit(
     ema_decay: float = 0.0,
     compile: bool = False,
     history_file: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = True,
+    recipe: dict[str, object] | None = None,
 ) -> list[dict[str, float]]:
     """Train for `epochs` epochs and test after each; the test results decide nothing.
 
     For image classifiers: batches of images (N, C, H, W). The model is made channels-last, and on a CPU the
     process keeps the memory that it frees from then on (`keep_freed_memory`).
+
+    Ctrl-C, or a notebook's stop button, ends the run between two steps: the model then holds the weights of the last
+    epoch that was finished, and its history is returned. (In the first epoch it is raised; a second one always is.)
 
     Args:
         ema_decay: what is tested, and what `model` holds in the end, is the exponential moving average of
@@ -212,77 +242,323 @@ def fit(
         compile: run the training step, and on a CPU the test, through `torch.compile`: it takes up to a minute, which
             a long run earns back.
         history_file: a CSV file to write the history to, one row an epoch, after every epoch.
+        checkpoint: a file that holds the run as it was after its last epoch; the one before is kept beside it, as
+            NAME.previous.EXT. Where it cannot be written the run warns, goes on and tries again after the next epoch.
+        resume: go on from the checkpoint; a finished run is loaded and not trained again. Where the checkpoint is
+            of another run, or this is False, it is kept under another name and the run starts from its first epoch.
+        recipe: whatever else tells this run from others, such as the seed, the data and the augmentation, which
+            cannot be seen from here; compared as text.
 
     Returns the history, a dict an epoch: epoch (from 1), train_loss, train_accuracy, test_loss,
     test_accuracy (percent), learning_rate (of the epoch's first step), seconds (training and test).
-    Raises ValueError for fewer than one epoch or a decay outside [0, 1).
+
+    Raises:
+        ValueError: fewer than one epoch, a decay outside [0, 1), a checkpoint of another model, or one that is
+            damaged without a good one before it; nothing is overwritten then.
+        FloatingPointError: a loss or a weight that is NaN or infinite; no such weights are saved.
     """
     if epochs < 1 or not 0 <= ema_decay < 1:
         raise ValueError(f"expected epochs >= 1 and 0 <= ema_decay < 1, found {epochs} and {ema_decay}")
     device = device_of(model)
     keep_freed_memory()
     model.to(memory_format=torch.channels_last)
-    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"Training on {processor}, in {str(precision(device)).removeprefix('torch.')}, channels-last")
     average = AveragedModel(
         model,
         multi_avg_fn=lambda old, new, t: get_ema_multi_avg_fn(min(ema_decay, float((1 + t) / (10 + t))))(old, new, t),
         use_buffers=True,
     )
+    recipe = {
+        "epochs": epochs,
+        "steps an epoch": len(train_loader),
+        "label smoothing": label_smoothing,
+        "decay of the average": ema_decay,
+        "model": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        **describe(optimizer, scheduler),
+        **(recipe or {}),
+    }
+    recipe = {key: " ".join(str(value).split()) for key, value in recipe.items()}
+    saved = None
+    if checkpoint is not None:
+        checkpoint = Path(checkpoint)
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        saved = find_run(checkpoint, recipe, resume)
+    history = saved["history"] if saved else []
+    if len(history) < epochs:
+        processor = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        print(f"Training on {processor}, in {str(precision(device)).removeprefix('torch.')}, channels-last")
     network = tested = None
-    if compile:
+    if compile and len(history) < epochs:
         network = compiled(model.train(), next(iter(train_loader))[0].to(device))
         if device.type == "cpu":  # on a GPU the test takes too short a time to win the compiler's back
             tested = compiled(average.module.eval(), parts_of(next(iter(test_loader))[0])[0])
+    if saved:
+        load_state(model, saved["model"], checkpoint)
+        average.load_state_dict(saved["average"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if scheduler is not None:
+            scheduler.load_state_dict(saved["scheduler"])
+        set_random_state(saved["random"])
     print()
-    history = []
-    for epoch in range(1, epochs + 1):
-        start = time.perf_counter()
-        learning_rate = optimizer.param_groups[0]["lr"]
-        print(f"Epoch {epoch}")
-        for part in (train_loader, getattr(train_loader, "sampler", None), getattr(train_loader, "dataset", None)):
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(epoch)
-        train_loss, train_accuracy = train(
-            model,
-            train_loader,
-            optimizer,
-            scheduler,
-            label_smoothing=label_smoothing,
-            network=network,
-            after_step=lambda: average.update_parameters(model),
-        )
-        test_loss, test_accuracy = test(average.module, test_loader, network=tested)
-        history.append(
-            {
-                "epoch": epoch,
-                "train_loss": train_loss,
-                "train_accuracy": train_accuracy,
-                "test_loss": test_loss,
-                "test_accuracy": test_accuracy,
-                "learning_rate": learning_rate,
-                "seconds": time.perf_counter() - start,
+
+    finished = copy.deepcopy(average.module.state_dict())
+    with interruptible() as interrupted:
+
+        def after_step() -> None:
+            average.update_parameters(model)
+            if interrupted:
+                raise KeyboardInterrupt
+
+        for epoch in range(len(history) + 1, epochs + 1):
+            start = time.perf_counter()
+            learning_rate = optimizer.param_groups[0]["lr"]
+            print(f"Epoch {epoch}")
+            for part in (train_loader, getattr(train_loader, "sampler", None), getattr(train_loader, "dataset", None)):
+                if hasattr(part, "set_epoch"):
+                    part.set_epoch(epoch)
+            try:
+                train_loss, train_accuracy = train(
+                    model,
+                    train_loader,
+                    optimizer,
+                    scheduler,
+                    label_smoothing=label_smoothing,
+                    network=network,
+                    after_step=after_step,
+                )
+                test_loss, test_accuracy = test(average.module, test_loader, network=tested)
+                if not all(value.isfinite().all() for value in [torch.tensor(test_loss), *model.state_dict().values()]):
+                    raise FloatingPointError(f"expected finite weights, found others after the last step, at a test loss of {test_loss}")
+            except KeyboardInterrupt:
+                break
+            except FloatingPointError as error:
+                kept = f"{checkpoint} is as it was after epoch {epoch - 1}" if checkpoint and history else "nothing was saved"
+                raise FloatingPointError(f"epoch {epoch}: {error}; {kept}") from None
+            history.append(
+                {
+                    "epoch": epoch,
+                    "train_loss": train_loss,
+                    "train_accuracy": train_accuracy,
+                    "test_loss": test_loss,
+                    "test_accuracy": test_accuracy,
+                    "learning_rate": learning_rate,
+                    "seconds": time.perf_counter() - start,
+                }
+            )
+            finished = copy.deepcopy(average.module.state_dict())
+            state = {
+                "recipe": recipe,
+                "model": model.state_dict(),
+                "average": average.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict() if scheduler is not None else None,
+                "random": random_state(),
+                "history": history,
             }
-        )
-        if history_file is not None:
-            write_history(history, history_file)
-    model.load_state_dict(average.module.state_dict())
+            try:
+                if checkpoint is not None:
+                    save_checkpoint(state, checkpoint)
+                if history_file is not None:
+                    write_history(history, history_file)
+            except OSError as error:
+                last = f"{checkpoint} is of an earlier one" if checkpoint and checkpoint.exists() else "none was saved before"
+                warnings.warn(f"epoch {epoch} could not be saved ({error}): {last}; trying again after the next", stacklevel=2)
+            if interrupted:
+                break
+    model.load_state_dict(finished)
+    if len(history) < epochs:
+        if not history:
+            raise KeyboardInterrupt("interrupted in the first epoch: there is nothing to keep")
+        print(f"Interrupted after {len(history)} of {epochs} epochs: the history and the weights are those of the last one finished")
     return history
 
 
-def write_history(history: list[dict[str, float]], path: str | Path) -> None:
-    """Write the history as CSV, beside its place and then renamed into it."""
+# ---------------------------------------------------------------- checkpoints
+
+
+def describe(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler | None) -> dict[str, object]:
+    """What tells these from others, whether or not they have already been stepped."""
+    described = {"optimizer": f"{type(optimizer).__name__} {optimizer.defaults}", "scheduler": type(scheduler).__name__}
+    for name, key in (("learning rates", "initial_lr"), ("weight decays", "weight_decay")):
+        described[name] = [group.get(key, group["lr"] if key == "initial_lr" else None) for group in optimizer.param_groups]
+    return described
+
+
+def find_run(path: Path, recipe: dict[str, str], resume: bool) -> dict | None:
+    """The saved state of this very run, or None where it starts from its first epoch; says which, and why, in a line."""
+    found = load_checkpoint(path)
+    if found is None:
+        return None
+    state, file = found
+    done, epochs = len(state["history"]), int(recipe["epochs"])
+    changes = [
+        f"{key} was {state['recipe'].get(key, 'not given')[:99]}, is {recipe.get(key, 'not given')[:99]}"
+        for key in dict.fromkeys([*recipe, *state["recipe"]])
+        if recipe.get(key) != state["recipe"].get(key)
+    ]
+    if changes or not resume:
+        why = f"is of another run ({changes[0]})" if changes else "is not resumed, as asked"
+        print(f"{file} {why}: kept as {set_aside(file)}, starting with epoch 1")
+        return None
+    print(f"{file} holds {done} of {epochs} epochs of this run:")
+    for row in state["history"]:
+        print(
+            "Epoch {epoch}: Train: Loss={train_loss:.4f} Accuracy={train_accuracy:.2f}, Test set: Average loss: "
+            "{test_loss:.4f}, Accuracy: {test_accuracy:.2f}%".format(**row)
+        )
+    rate = state["optimizer"]["param_groups"][0]["lr"]
+    print("Nothing is left to train; resume=False trains anew" if done == epochs else f"Going on at learning rate {rate:.4g}")
+    return state
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict, Path] | None:
+    """What `fit` saved, on the CPU, and the file that it is from: `path`, else its predecessor; None where neither is there.
+
+    Runs no code that a file may hold. A file whose checksums are wrong, or that holds more than numbers and text, is
+    passed over with a warning and kept under another name. ValueError where no good one is left; both stay then.
+    """
+    bad = {}
+    for file in (Path(path), previous(path)):
+        if not file.exists():
+            continue
+        try:
+            with zipfile.ZipFile(file) as archive:  # torch.load does not look at the checksums
+                if damaged := archive.testzip():
+                    raise ValueError(f"{damaged} is damaged")
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict) or {"recipe", "model", "average", "optimizer", "random", "history"} - state.keys():
+                raise ValueError("not a checkpoint of fit")
+        except Exception as error:  # noise can make the parsers raise anything
+            bad[file] = str(error).partition("\n")[0]
+            continue
+        if bad:
+            warnings.warn(f"{path} is unusable ({bad[Path(path)]}), kept as {set_aside(Path(path))}: using {file}", stacklevel=4)
+        return state, file
+    if bad:
+        found = " and ".join(f"{file} ({reason})" for file, reason in bad.items())
+        raise ValueError(f"expected a checkpoint of fit, found unusable {found}: move what is there away to start anew")
+    return None
+
+
+def save_checkpoint(state: dict, path: Path) -> None:
+    """Put the state at `path`, and what was there before at `previous(path)`.
+
+    Raises TypeError for a state that could be written but not read again, as with NumPy's numbers in it.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)  # into memory: torch's own writer reports a full disk as a RuntimeError
+    try:
+        torch.load(io.BytesIO(buffer.getbuffer()), weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        raise TypeError(
+            f"expected tensors, Python's numbers and text in the state of optimizer and scheduler, found "
+            f"{found[1] if found else 'others'}: convert with float(), say"
+        ) from None
+    write_file(path, buffer.getbuffer(), keep=previous(path))
+
+
+def previous(path: str | Path) -> Path:
+    """Where the checkpoint before the one at `path` is kept."""
+    return Path(path).with_name(f"{Path(path).stem}.previous{Path(path).suffix}")
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file out of the way, by the time, and say to what."""
+    aside = path.with_name(f"{path.stem}.{datetime.now():%Y%m%d-%H%M%S-%f}{path.suffix}")
+    os.replace(path, aside)
+    return aside
+
+
+def random_state() -> dict:
+    """The state of every generator that a loader or a model may draw from, as numbers and text."""
+    name, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: dict) -> None:
+    """Undo what was drawn since `random_state` gave that."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Within, the first Ctrl-C is only put into the list that this gives; the second is raised, as ever."""
+    interrupted = []
+
+    def note(number: int, frame: object) -> None:
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted.append(number)
+
+    # Only the main thread may set handlers, and a process that was started to ignore Ctrl-C goes on ignoring it.
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield interrupted
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# ---------------------------------------------------------------- files
+
+
+def write_file(path: str | Path, content: bytes, keep: Path | None = None) -> None:
+    """Write beside, flush and rename, so that `path` never holds half a file; what it held before goes to `keep`."""
     partial = Path(f"{path}.partial")
-    with open(partial, "w", newline="") as file:
-        writer = csv.DictWriter(file, history[0].keys())
-        writer.writeheader()
-        writer.writerows(history)
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and Path(path).exists():
+            os.replace(path, keep)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_history(history: list[dict[str, float]], path: str | Path) -> None:
+    """Write the history as CSV, a row an epoch."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, history[0].keys())
+    writer.writeheader()
+    writer.writerows(history)
+    write_file(path, text.getvalue().encode())
 
 
 def save_weights(model: nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
-    """Write the state dict as safetensors, with the metadata, beside its place and then renamed into it."""
+    """Write the state dict as safetensors, with the metadata."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    partial = Path(f"{path}.partial")
-    partial.write_bytes(save(state, metadata))
-    os.replace(partial, path)
+    write_file(path, save(state, metadata))
+
+
+def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
+    """Load what `save_weights` wrote into the model, and return its metadata. The format holds numbers and text alone.
+
+    Raises ValueError for another or a damaged file, and, naming the first key that differs, for another model's weights.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            state, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"expected safetensors weights in {path}, found something else or damage ({error}): get it anew") from None
+    load_state(model, state, path)
+    return metadata
+
+
+def load_state(model: nn.Module, state: dict[str, torch.Tensor], source: str | Path) -> None:
+    """`model.load_state_dict` after a check that names the first key that differs, in a ValueError."""
+    own = model.state_dict()
+    for key in dict.fromkeys([*own, *state]):
+        expected, found = (tuple(tensors[key].shape) if key in tensors else "none" for tensors in (own, state))
+        if expected != found:
+            raise ValueError(f"expected {key} of shape {expected} in {source}, found {found}: it is of another model")
+    model.load_state_dict(state)

@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 # alone: curves differ in marker and dash too, and every cell of the confusion matrix has its number.
 BLUE, VERMILION = "#0072B2", "#D55E00"
 REFERENCE_STYLES = [("#009E73", "--"), ("#CC79A7", "-."), ("#000000", ":"), ("#E69F00", (0, (8, 2)))]
-HISTORY_KEYS = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "learning_rate", "seconds")
+HISTORY_KEYS = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "learning_rate")
 SMALL, MEDIUM, LARGE = 8.5, 9.5, 11  # font sizes in points
 
 
@@ -98,7 +98,7 @@ def plot_history(history, references=None, note=""):
 
     Args:
         history: one dict an epoch, at least one, with `epoch` (integer), `train_loss` and `test_loss` (nats
-            per image), `train_accuracy` and `test_accuracy` (percent), `learning_rate`, `seconds`.
+            per image), `train_accuracy` and `test_accuracy` (percent) and `learning_rate`.
         references: dict, label to accuracy in percent: a horizontal line each, labelled in the legend.
 
     Raises:
@@ -111,8 +111,7 @@ def plot_history(history, references=None, note=""):
         raise ValueError(f"history: expected these keys in each row: {HISTORY_KEYS}, found no {missing}; add them")
     column = {key: [row[key] for row in history] for key in HISTORY_KEYS}
     epochs, count = column["epoch"], len(history)
-    duration = f"{count} epoch{'s' * (count > 1)} in {sum(column['seconds']) / 60:.1f} min"
-    figure = _figure(9, 4.6, f"Training history: {duration}", note)
+    figure = _figure(9, 4.6, f"Training history: {count} epoch{'s' * (count > 1)}", note)
     panels = figure.subplot_mosaic([["accuracy", "loss"], ["accuracy", "learning_rate"]], width_ratios=[3, 2])
     # A marker on each epoch of a long run would hide the line: about ten, the last epoch among them.
     every = max(1, count // 10)

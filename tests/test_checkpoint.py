@@ -1,0 +1,244 @@
+"""Runs that are stopped, damaged, poisoned or handed over by strangers. The kills themselves are in soak.py."""
+
+import csv
+import os
+import pickle
+import signal
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dataset import ASSETS
+from model import Net
+from training_utils import fit, load_checkpoint, load_weights, previous, save_weights
+
+EPOCHS, STEPS = 5, 4
+
+
+class Batches(list):
+    """Random batches that call `event` before one of them."""
+
+    def __init__(self, epoch=0, step=0, event=None):
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(STEPS):
+            self.append((torch.randn(8, 1, 4, 4, generator=generator), torch.randint(3, (8,), generator=generator)))
+        self.epoch, self.when, self.event = 0, (epoch, step), event
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        for step, (images, targets) in enumerate(super().__iter__(), 1):
+            if self.event and (self.epoch, step) == self.when:
+                images = self.event(images)
+            yield images, targets
+
+
+def run(folder, loader=None, rate=lambda step: 1 - step / (EPOCHS * STEPS), seed=0, epochs=EPOCHS, **options):
+    """A run with dropout, momentum, an average and a schedule, in a folder; its weights and its history but for seconds."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    options = {"checkpoint": folder / "net.pt", "history_file": folder / "history.csv", "recipe": {"seed": seed}} | options
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    history = fit(model, loader or Batches(), Batches(), optimizer, scheduler, epochs=epochs, ema_decay=0.9, **options)
+    return model.state_dict(), [{name: value for name, value in row.items() if name != "seconds"} for row in history]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("whole"))
+
+
+def same(found, expected):
+    return all(torch.equal(found[0][key], expected[0][key]) for key in expected[0]) and found[1] == expected[1]
+
+
+def stopped_in(epoch, folder):
+    """A run that a real Ctrl-C ends in the middle of that epoch."""
+    pressed = []
+
+    def press(images):
+        pressed.append(os.kill(os.getpid(), signal.SIGINT))
+        return images
+
+    result = run(folder, Batches(epoch, 2, press))
+    assert pressed
+    return result
+
+
+def test_ctrl_c_keeps_the_finished_epochs_and_the_next_call_goes_on(tmp_path, whole, capsys):
+    weights, history = stopped_in(3, tmp_path)
+    assert history == whole[1][:2] and "Interrupted after 2 of 5 epochs" in capsys.readouterr().out
+    with open(tmp_path / "history.csv") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+    average = load_checkpoint(tmp_path / "net.pt")[0]["average"]
+    assert all(torch.equal(weights[key], average[f"module.{key}"]) for key in weights)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert same(run(tmp_path), whole)
+    out = capsys.readouterr().out
+    assert "net.pt holds 2 of 5 epochs of this run:\nEpoch 1: Train: Loss=" in out and "Going on at learning rate 0.06" in out
+    with pytest.raises(KeyboardInterrupt, match="first epoch"):
+        stopped_in(1, tmp_path / "other")
+
+
+def test_ctrl_c_belongs_to_the_main_thread(tmp_path, whole):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(run(tmp_path)))
+    thread.start()
+    thread.join()
+    assert same(found[0], whole)
+
+
+def damage(path, kind):
+    data = path.read_bytes()
+    middle = len(data) // 2
+    path.write_bytes({"cut": data[:middle], "empty": b"", "noise": data[:middle] + os.urandom(64) + data[middle + 64 :]}[kind])
+
+
+@pytest.mark.parametrize("kind", ["cut", "empty", "noise"])
+def test_of_a_damaged_checkpoint_the_previous_one_is_used(kind, tmp_path, whole, capsys):
+    stopped_in(4, tmp_path)
+    damage(tmp_path / "net.pt", kind)
+    damaged = (tmp_path / "net.pt").read_bytes()
+    with pytest.warns(UserWarning, match=r"net\.pt is unusable .*net\.\d.*\.pt: using .*net\.previous\.pt"):
+        assert same(run(tmp_path), whole)
+    assert "holds 2 of 5 epochs" in capsys.readouterr().out
+    assert damaged in [path.read_bytes() for path in tmp_path.glob("net.2*.pt")], "it is kept"
+
+
+def test_without_a_good_checkpoint_an_error_and_nothing_overwritten(tmp_path):
+    stopped_in(4, tmp_path)
+    for path in (tmp_path / "net.pt", previous(tmp_path / "net.pt")):
+        damage(path, "noise")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"net\.pt \(.*net\.previous\.pt \(.*move what is there away"):
+        run(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_killed_between_the_two_renames(tmp_path, whole):
+    stopped_in(4, tmp_path)
+    os.replace(tmp_path / "net.pt", tmp_path / "net.pt.partial")
+    assert same(run(tmp_path), whole)
+
+
+def test_a_full_disk_costs_a_warning_and_an_epoch(tmp_path, whole):
+    def fill(images):
+        (tmp_path / "net.pt.partial").symlink_to("/dev/full")  # a write there is refused as on a full disk
+        return images
+
+    with pytest.warns(UserWarning, match=r"epoch 3 could not be saved \(.*No space left.*net\.pt is of an earlier one"):
+        assert same(run(tmp_path, Batches(3, 1, fill)), whole)
+    assert len(load_checkpoint(tmp_path / "net.pt")[0]["history"]) == EPOCHS
+    assert len(load_checkpoint(previous(tmp_path / "net.pt"))[0]["history"]) == EPOCHS - 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
+    with pytest.raises(FloatingPointError) as error:
+        run(tmp_path, Batches(3, 2, lambda images: images * torch.inf))
+    for part in ("epoch 3:", "found nan in step 2 of 4 at learning rate 0.055", "net.pt is as it was after epoch 2"):
+        assert part in str(error.value)
+    state, _ = load_checkpoint(tmp_path / "net.pt")
+    assert len(state["history"]) == 2 and all(value.isfinite().all() for value in state["model"].values())
+    with pytest.raises(FloatingPointError, match="epoch 1: .*nothing was saved"):
+        run(tmp_path / "other", Batches(1, 1, lambda images: images * torch.nan))
+
+
+def test_weights_that_the_last_step_spoils_are_not_saved(tmp_path):
+    with pytest.raises(FloatingPointError, match="epoch 2: expected finite weights"):
+        run(tmp_path, rate=lambda step: torch.inf if step == 2 * STEPS - 1 else 1.0)
+    assert len(load_checkpoint(tmp_path / "net.pt")[0]["history"]) == 1
+
+
+def test_a_state_that_could_not_be_read_again_is_refused_at_the_first_epoch(tmp_path):
+    with pytest.raises(TypeError, match=r"expected .*found numpy\.\S+: convert with float"):
+        run(tmp_path, rate=lambda step: np.float64(0.5))
+    assert not (tmp_path / "net.pt").exists()
+
+
+class Refused(list):
+    def __iter__(self):
+        raise AssertionError("a finished run is not trained again")
+
+
+def test_a_finished_run_is_said_and_loaded(tmp_path, whole, capsys):
+    run(tmp_path)
+    loader = Refused(Batches())
+    assert same(run(tmp_path, loader), whole)
+    assert "Nothing is left to train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"epochs": 6}, "epochs was 5, is 6"),
+        ({"label_smoothing": 0.1}, "label smoothing was 0.0, is 0.1"),
+        ({"resume": False}, "is not resumed, as asked"),
+    ],
+)
+def test_another_run_is_said_kept_and_not_mixed(change, said, tmp_path, capsys):
+    stopped_in(3, tmp_path)
+    before = (tmp_path / "net.pt").read_bytes()
+    expected = run(tmp_path / "apart", **{name: value for name, value in change.items() if name != "resume"})
+    capsys.readouterr()
+    assert same(run(tmp_path, **change), expected)
+    assert said in capsys.readouterr().out
+    assert [path.read_bytes() for path in tmp_path.glob("net.2*.pt")] == [before]
+
+
+class Payload:
+    """Pickled, it writes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+def test_a_crafted_file_is_refused_and_does_not_run(tmp_path):
+    ran = tmp_path / "ran"
+    pickle.loads(pickle.dumps(Payload(ran)))
+    assert ran.exists(), "what this test is there to tell apart"
+    ran.unlink()
+    torch.save({"recipe": Payload(ran), "model": Payload(ran)}, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match="unusable .*net.pt"):
+        run(tmp_path)
+    (tmp_path / "net.pt").write_bytes(pickle.dumps(Payload(ran)))
+    with pytest.raises(ValueError, match="unusable .*net.pt"):
+        run(tmp_path)
+    with pytest.raises(ValueError, match="expected safetensors weights in .*net.pt"):
+        load_weights(Net(), tmp_path / "net.pt")
+    assert not ran.exists()
+
+
+def test_weights_of_another_model_are_refused_with_the_first_key_that_differs(tmp_path):
+    net = Net(num_classes=7)
+    save_weights(net, tmp_path / "seven.safetensors", {"classes": "seven"})
+    other = Net()
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(ValueError, match=r"expected classifier.weight of shape \(10, 48, 1, 1\) .*found \(7, 48, 1, 1\)"):
+        load_weights(other, tmp_path / "seven.safetensors")
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+    with pytest.raises(ValueError, match="expected 0.weight of shape .*found none"):
+        load_weights(nn.Sequential(nn.Linear(2, 2)), tmp_path / "seven.safetensors")
+    again = Net(num_classes=7)
+    assert load_weights(again, tmp_path / "seven.safetensors") == {"classes": "seven"}
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in net.state_dict().items())
+    (tmp_path / "cut.safetensors").write_bytes((ASSETS / "net.safetensors").read_bytes()[:-1])
+    with pytest.raises(ValueError, match="cut.safetensors"):
+        load_weights(other, tmp_path / "cut.safetensors")
+
+
+def test_a_run_without_a_checkpoint_writes_none(tmp_path, whole):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(run(tmp_path, checkpoint=None, history_file=None), whole)
+    assert not list(tmp_path.iterdir())
