@@ -1,6 +1,7 @@
 # make notebook [EPOCHS=100 DATA=auto ...]   execute S8.ipynb in place; any parameter of its first code cell
 # make test                                  pass the tests
 # make bench                                 measure the speed of every part beside what others use
+# make soak                                  kill runs, break servers and mutate files for twenty minutes
 
 PYTHON ?= python3
 # The parameters are the variables given on make's command line, whatever they are called: the notebook refuses unknown ones.
@@ -15,6 +16,9 @@ test: .venv/installed
 bench: .venv/installed
 	@.venv/bin/python bench.py
 
+soak: .venv/installed
+	@.venv/bin/python soak.py
+
 .venv/installed: requirements.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: apt-get install python3 python3-venv"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
@@ -24,4 +28,4 @@ bench: .venv/installed
 	.venv/bin/python -m pip install --disable-pip-version-check --progress-bar on -r requirements.txt
 	@touch $@
 
-.PHONY: notebook test bench
+.PHONY: notebook test bench soak
