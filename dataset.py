@@ -28,6 +28,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks the network for its version
@@ -41,6 +42,7 @@ from filelock import FileLock, Timeout
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn import functional as F
 from torchvision.datasets import CIFAR10
+from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
@@ -209,6 +211,7 @@ def unpack(archive: Path, root: Path) -> None:
 
 # What Pillow decodes by itself: for EPS, say, it would run another program.
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 
 
 def read_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int = 32) -> np.ndarray:
@@ -280,8 +283,11 @@ class CIFARCompose(A.Compose):
         return super().__call__(*args, **data | {"image": read_image(data.get("image"))})
 
 
-def train_transform() -> A.Compose:
-    """The training augmentation: an image, as `read_image` takes it, to a normalised float32 tensor (3, 32, 32)."""
+def train_transform(mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> A.Compose:
+    """The training augmentation: an image, as `read_image` takes it, to a normalised float32 tensor (3, 32, 32).
+
+    mean and std of each channel of pixels in [0, 1]: CIFAR-10's, or `utils.channel_statistics` of other images.
+    """
     return CIFARCompose(
         [
             A.PadIfNeeded(40, 40, border_mode=cv2.BORDER_REFLECT_101),
@@ -291,57 +297,44 @@ def train_transform() -> A.Compose:
                 num_holes_range=(1, 1),
                 hole_height_range=(8, 8),
                 hole_width_range=(8, 8),
-                fill=tuple(round(255 * mean) for mean in MEAN),
+                fill=tuple(round(255 * value) for value in mean),
                 p=1.0,
             ),
-            A.Normalize(MEAN, STD),
+            A.Normalize(mean, std),
             ToTensorV2(),
         ]
     )
 
 
-def test_transform() -> A.Compose:
+def test_transform(mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> A.Compose:
     """What a test image goes through: `read_image` and normalisation alone, to a float32 tensor (3, 32, 32)."""
-    return CIFARCompose([A.Normalize(MEAN, STD), ToTensorV2()])
+    return CIFARCompose([A.Normalize(mean, std), ToTensorV2()])
 
 
-class AlbumentationsCIFAR10(CIFAR10):
-    """CIFAR-10, one image at a time through an Albumentations `Compose`: (image, target) by index.
+class AlbumentationsImages(torch.utils.data.Dataset):
+    """Images in memory, one at a time through an Albumentations `Compose`: (image, target) by index.
 
-    `data` holds the images, uint8 (N, 32, 32, 3) RGB; `targets` the N classes as ints from 0 to 9.
     Without a transform an image comes as it is stored.
 
     Args:
-        root: a folder from `find_cifar10`; the one with the embedded sample gives the sample.
-        train: the training images, else the test images.
+        data: uint8 (N, H, W, 3), RGB.
+        targets: the N classes as ints from 0 to len(classes) - 1.
+        classes: their names.
         transform: an `albumentations.Compose`.
         seed: together with the epoch (see `set_epoch`) and the index it decides what is drawn for an image.
-
-    Raises:
-        ValueError: a file of the data set is missing or damaged; it is named.
     """
 
-    def __init__(self, root: str | Path, train: bool = True, transform: A.Compose | None = None, seed: int = 0):
-        self.is_sample = Path(root).resolve() == ASSETS
-        if self.is_sample:
-            super(CIFAR10, self).__init__(root, transform=transform)
-            self.train, self.classes = train, list(CLASSES)
-            sheet = cv2.imread(str(ASSETS / f"cifar10_sample_{'train' if train else 'test'}.webp"))
-            rows, columns = sheet.shape[0] // 32, sheet.shape[1] // 32
-            tiles = sheet[..., ::-1].reshape(rows, 32, columns, 32, 3).swapaxes(1, 2)
-            self.data = tiles.reshape(-1, 32, 32, 3)
-            # The sheet lists the classes one after another, the same number of images of each.
-            self.targets = [i * len(CLASSES) // len(self.data) for i in range(len(self.data))]
-        else:
-            check_files(Path(root))
-            super().__init__(root, train=train, transform=transform)
-        self.data = np.ascontiguousarray(self.data)
-        self.seed = seed
+    def __init__(self, data: np.ndarray, targets: list[int], classes: list[str], transform: A.Compose | None = None, seed: int = 0):
+        self.data, self.targets, self.classes = np.ascontiguousarray(data), list(targets), list(classes)
+        self.transform, self.seed = transform, seed
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that outlive an epoch see it too
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the augmentations of this epoch from now on, in workers that are already running too."""
         self.epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor | np.ndarray, int]:
         image, target = self.data[index], self.targets[index]
@@ -352,6 +345,46 @@ class AlbumentationsCIFAR10(CIFAR10):
         generator = np.random.Generator(bits)
         self.transform.set_random_state(generator, random.Random(int(generator.integers(2**63))))
         return self.transform(image=image)["image"], target
+
+
+class AlbumentationsCIFAR10(AlbumentationsImages):
+    """CIFAR-10 as `AlbumentationsImages`; `is_sample` where it is the embedded sample.
+
+    Args:
+        root: a folder from `find_cifar10`; the one with the embedded sample gives the sample.
+        train: the training images, else the test images.
+        transform, seed: as for `AlbumentationsImages`.
+
+    Raises:
+        ValueError: a file of the data set is missing or damaged; it is named.
+    """
+
+    def __init__(self, root: str | Path, train: bool = True, transform: A.Compose | None = None, seed: int = 0):
+        self.is_sample = Path(root).resolve() == ASSETS
+        if self.is_sample:
+            sheet = cv2.imread(str(ASSETS / f"cifar10_sample_{'train' if train else 'test'}.webp"))
+            rows, columns = sheet.shape[0] // 32, sheet.shape[1] // 32
+            tiles = sheet[..., ::-1].reshape(rows, 32, columns, 32, 3).swapaxes(1, 2)
+            data = tiles.reshape(-1, 32, 32, 3)
+            # The sheet lists the classes one after another, the same number of images of each.
+            targets = [i * len(CLASSES) // len(data) for i in range(len(data))]
+        else:
+            check_files(Path(root))
+            stored = CIFAR10(root, train=train)
+            data, targets = stored.data, stored.targets
+        super().__init__(data, targets, CLASSES, transform, seed)
+
+
+def image_folder(root: str | Path, transform: A.Compose | None = None, seed: int = 0) -> AlbumentationsImages:
+    """One's own pictures, in a folder for each class, as `AlbumentationsImages`: read once by `read_image`, at 32x32.
+
+    The classes are the folders' names in alphabetical order. Raises FileNotFoundError where there are no folders or
+    one is empty, and ValueError, naming the file, for one that is no image.
+    """
+    classes, numbers = find_classes(root)
+    files = make_dataset(root, numbers, extensions=SUFFIXES)
+    data = [read_image(file) for file, _ in tqdm(files, desc=f"Reading {root}", file=sys.stdout, delay=2, leave=False)]
+    return AlbumentationsImages(np.stack(data), [target for _, target in files], classes, transform, seed)
 
 
 FLIPS, CROPS = (A.HorizontalFlip, A.VerticalFlip), (A.PadIfNeeded, A.RandomCrop)
@@ -583,7 +616,7 @@ class BatchLoader:
     epoch, by (seed, epoch); a last batch of a single image, which batch norm cannot train on, is left out then.
     """
 
-    def __init__(self, images: AlbumentationsCIFAR10, batch_size: int, shuffle: bool, device: torch.device | str = "cpu"):
+    def __init__(self, images: AlbumentationsImages, batch_size: int, shuffle: bool, device: torch.device | str = "cpu"):
         if batch_size < 1:
             raise ValueError(f"expected batch_size >= 1, found {batch_size}: give the images a step")
         self.images = torch.from_numpy(images.data).to(device)

@@ -14,7 +14,8 @@ has a bias: the batch norms carry the offsets.
 
 The receptive field counts the dilation: rf_out = rf_in + (kernel - 1) * dilation * jump_in.
 
-This file needs torch and nothing else: copy it into another experiment and it works.
+This file needs torch and nothing else, and safetensors where weights are loaded: copy it into another experiment and
+it works.
 
 Depthwise-separable convolution: Howard et al. 2017, MobileNets, arXiv:1704.04861.
 Dilated convolution: Yu and Koltun 2016, arXiv:1511.07122.
@@ -22,11 +23,13 @@ Strides in place of pooling: Springenberg et al. 2015, arXiv:1412.6806.
 """
 
 from collections import OrderedDict
+from pathlib import Path
 
 import torch
 from torch import nn
 
 WIDTHS = (32, 40, 44, 48)
+WEIGHTS = Path(__file__).resolve().parent / "assets" / "net.safetensors"
 
 
 class Dropout(nn.Dropout):
@@ -99,7 +102,32 @@ class Net(nn.Module):
         self.stage4 = stage(WIDTHS[2], WIDTHS[3], stride=1, dropout=dropout)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.norm = nn.BatchNorm2d(WIDTHS[3])
-        self.classifier = nn.Conv2d(WIDTHS[3], num_classes, 1, bias=False)
+        self.reset_classifier(num_classes)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path = WEIGHTS, dropout: float = 0.0) -> "Net":
+        """The network with the weights in a safetensors file, by default those trained here, in evaluation mode.
+
+        `num_classes` and `in_channels` follow from the file; what it tells of itself is in `metadata`, a dict of
+        texts: the classes, mean and std that it was trained with, and its test accuracy in percent.
+        Raises FileNotFoundError, what safetensors raises for another kind of file, and RuntimeError, naming the keys,
+        for another network's weights.
+        """
+        from safetensors import safe_open  # here, so that who loads no weights needs torch alone
+
+        with safe_open(path, "pt") as file:
+            state, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+        shape = {key: tuple(value.shape) for key, value in state.items()}
+        classes, channels = (shape.get(key, (10,))[0] for key in ("classifier.weight", "stage1.separable.depthwise.weight"))
+        net = cls(classes, channels, dropout)
+        net.load_state_dict(state)
+        net.metadata = metadata
+        return net.eval()
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new last layer, for that many classes, on the device and in the dtype of the rest; the rest stays."""
+        like = self.norm.weight
+        self.classifier = nn.Conv2d(WIDTHS[3], num_classes, 1, bias=False, device=like.device, dtype=like.dtype)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (N, in_channels, H, W) to pooled features (N, 48), before the last batch norm."""

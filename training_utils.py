@@ -225,6 +225,7 @@ def fit(
     checkpoint: str | Path | None = None,
     resume: bool = True,
     recipe: dict[str, object] | None = None,
+    on_epoch: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> list[dict[str, float]]:
     """Train for `epochs` epochs and test after each; the test results decide nothing.
 
@@ -248,6 +249,7 @@ def fit(
             of another run, or this is False, it is kept under another name and the run starts from its first epoch.
         recipe: whatever else tells this run from others, such as the seed, the data and the augmentation, which
             cannot be seen from here; compared as text.
+        on_epoch: called after every epoch with its row of the history: for TensorBoard, say.
 
     Returns the history, a dict an epoch: epoch (from 1), train_loss, train_accuracy, test_loss,
     test_accuracy (percent), learning_rate (of the epoch's first step), seconds (training and test).
@@ -362,6 +364,7 @@ def fit(
             except OSError as error:
                 last = f"{checkpoint} is of an earlier one" if checkpoint and checkpoint.exists() else "none was saved before"
                 warnings.warn(f"epoch {epoch} could not be saved ({error}): {last}; trying again after the next", stacklevel=2)
+            on_epoch(history[-1])
             if interrupted:
                 break
     model.load_state_dict(finished)

@@ -8,8 +8,12 @@ import subprocess
 import sys
 
 import nbformat
+import psutil
 import pytest
+import torch
 from conftest import REPOSITORY
+from jupyter_client.manager import start_new_kernel
+from safetensors.torch import load_file
 
 FIGURES = 6
 
@@ -63,9 +67,18 @@ def test_committed_notebook_is_one_complete_run_on_the_full_data():
     assert f"{float(history[-1]['test_accuracy']):.2f} % on test after {len(history)} epochs" in printed.splitlines()[-1]
 
 
-def test_notebook_runs_on_the_sample_and_leaves_the_published_files_alone(clone):
+PICTURES = ["augmentation.png", "confusion_matrix.png", "misclassified.png", "training_logs.png"]
+
+
+@pytest.fixture(scope="module")
+def sample_run(clone):
+    """One epoch on the sample: the finished process, and the published files as they were before it."""
     before = digests(clone / "assets")
-    done = run_notebook(clone, "DATA=sample", "EPOCHS=1", "BATCH_SIZE=128")
+    return run_notebook(clone, "DATA=sample", "EPOCHS=1", "BATCH_SIZE=128"), before
+
+
+def test_notebook_runs_on_the_sample_and_leaves_the_published_files_alone(clone, sample_run):
+    done, before = sample_run
     assert done.returncode == 0, done.stderr[-2000:]
     assert digests(clone / "assets") == before
     assert "SAMPLE, not CIFAR-10" in done.stdout and "Test set: Average loss" in done.stdout
@@ -76,12 +89,46 @@ def test_notebook_runs_on_the_sample_and_leaves_the_published_files_alone(clone)
     outputs = [output for cell in code for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == FIGURES
     assert not [output for output in outputs if output.get("name") == "stderr"]
-    assert sorted(path.name for path in (clone / "runs/sample").iterdir()) == [
-        "augmentation.png", "confusion_matrix.png", "history.csv", "misclassified.png", "net.safetensors", "training_logs.png",
-    ]
+    files = sorted(path.name for path in (clone / "runs/sample").iterdir())
+    assert files == sorted([*PICTURES, "history.csv", "net.pt", "net.safetensors"])
     # What this run was given is no default of the next.
     assert run_notebook(clone, "EPOCHS=0").stderr.splitlines()[-1].startswith("ValueError: expected EPOCHS")
     assert "injected-parameters" in (clone / "S8.ipynb").read_text()
+
+
+def test_same_seed_same_history_and_pictures_and_another_seed_others(clone, sample_run):
+    def results():
+        with open(clone / "runs/sample/history.csv") as file:
+            history = [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+        pictures = digests(clone / "runs/sample")
+        return history, load_file(clone / "runs/sample/net.safetensors"), [pictures[name] for name in PICTURES]
+
+    first = results()
+    for seed, same in ((0, True), (1, False)):
+        options = ["DATA=sample", "EPOCHS=1", "BATCH_SIZE=128", "RESUME=false", f"SEED={seed}"]
+        assert run_notebook(clone, *options).returncode == 0
+        history, weights, pictures = results()
+        assert (history == first[0]) == same
+        assert all(torch.equal(weights[key], first[1][key]) for key in weights) == same
+        assert [a == b for a, b in zip(pictures, first[2])] == [same] * len(PICTURES)
+
+
+def test_after_a_crash_all_cells_again_go_on_and_a_finished_run_is_said(clone):
+    options = ["DATA=sample", "EPOCHS=3", "BATCH_SIZE=500"]
+    run = subprocess.Popen(
+        [sys.executable, "run_notebook.py", *options], cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    for line in run.stdout:
+        if line.startswith("Epoch 3"):
+            process = psutil.Process(run.pid)
+            for part in [*process.children(recursive=True), process]:  # the kernel, and what waits for it
+                part.kill()
+            break
+    run.wait()
+    printed = run_notebook(clone, *options).stdout
+    assert "net.pt holds 2 of 3 epochs of this run" in printed and "\nEpoch 3\n" in printed and "\nEpoch 2\n" not in printed
+    again = run_notebook(clone, *options).stdout
+    assert "Nothing is left to train" in again and "on test after 3 epochs" in again
 
 
 @pytest.mark.parametrize(
@@ -113,6 +160,30 @@ def test_an_interrupted_run_leaves_the_notebook(clone):
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 1 and errors.splitlines()[-1].startswith("interrupted: S8.ipynb is as it was")
     assert (clone / "S8.ipynb").read_bytes() == before
+
+
+STOPPED = """
+import torch
+from torch import nn
+from training_utils import fit
+
+batches = [(torch.randn(64, 3, 8, 8), torch.randint(10, (64,))) for _ in range(20)]
+model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+history = fit(model, batches, batches[:1], torch.optim.SGD(model.parameters(), lr=0.01), epochs=1_000_000)
+"""
+
+
+def test_the_stop_button_keeps_the_finished_epochs(clone):
+    manager, client = start_new_kernel(cwd=str(clone))
+    try:
+        client.execute(STOPPED)
+        while "Epoch 3" not in str(client.get_iopub_msg(timeout=60)["content"]):
+            pass
+        manager.interrupt_kernel()
+        assert client.get_shell_msg(timeout=60)["content"]["status"] == "ok"
+        assert client.execute_interactive("assert len(history) >= 2 and len(history) < 1000", timeout=60)["content"]["status"] == "ok"
+    finally:
+        manager.shutdown_kernel(now=True)
 
 
 def test_notebook_runs_as_a_script(clone):

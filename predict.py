@@ -1,0 +1,66 @@
+"""Name what is in pictures: the network of assets/net.safetensors, for files or folders of them.
+
+The exit status is 0 where every picture was predicted, 1 where one could not be (why is on standard error), 2 for a
+call that makes no sense.
+"""
+
+import argparse
+import csv
+import os
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from dataset import CLASSES, SUFFIXES, read_image, test_transform
+from model import Net
+from utils import predict
+
+BATCH = 256
+
+
+def files_in(paths: list[Path]) -> list[Path]:
+    """The files as they are named, and of folders, and the folders in them, the pictures by name."""
+    pictures = lambda folder: sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)  # noqa: E731
+    return [file for path in paths for file in (pictures(path) if path.is_dir() else [path])]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1])
+    parser.add_argument("paths", nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="PNG, JPEG, GIF, WebP, BMP, TIFF or PPM")
+    parser.add_argument("--top", type=int, default=3, metavar="K", choices=range(1, len(CLASSES) + 1), help="classes a picture (3)")
+    parser.add_argument("--csv", type=Path, metavar="OUT", help="write file, class, probability, class, ... there, not here")
+    given = parser.parse_args()
+    files = files_in(given.paths)
+    if not files:
+        parser.error(f"expected pictures, found none in {', '.join(map(str, given.paths))}")
+
+    net = Net.from_pretrained().to("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    with tqdm(total=len(files), unit="picture", delay=2) as bar:
+        for start in range(0, len(files), BATCH):
+            good, images = [], []
+            for file in files[start : start + BATCH]:
+                try:
+                    images.append(read_image(file))
+                    good.append(file)
+                except (OSError, ValueError) as error:
+                    print(error, file=sys.stderr)
+            answers = predict(net, images, test_transform(), CLASSES, given.top)
+            rows += [[file, *sum(answer, ())] for file, answer in zip(good, answers)]
+            bar.update(len(files[start : start + BATCH]))
+
+    if given.csv:
+        partial = Path(f"{given.csv}.partial")
+        with open(partial, "w", newline="") as out:
+            csv.writer(out).writerows([["file", *["class", "probability"] * given.top], *rows])
+        os.replace(partial, given.csv)
+    else:
+        for file, *answer in rows:
+            print(f"{file}: {', '.join(f'{name} {100 * share:.1f} %' for name, share in zip(answer[::2], answer[1::2]))}")
+    return int(len(rows) < len(files))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
