@@ -122,6 +122,8 @@ def download(root: Path) -> list[str]:
             if check_integrity(root / CIFAR10.filename, CIFAR10.tgz_md5):
                 unpack(root / CIFAR10.filename, root)
                 return []
+            if (root / CIFAR10.filename).exists():
+                print(f"Expected {root / CIFAR10.filename} with MD5 {CIFAR10.tgz_md5}, found another: downloading beside it")
             partial = root / f"{CIFAR10.filename}.partial"
             for source in SOURCES:
                 try:
@@ -135,6 +137,7 @@ def download(root: Path) -> list[str]:
                     print(f"CIFAR-10 not from {failures[-1]}")
     except (OSError, tarfile.TarError) as error:  # the disk, not the network, or a strange archive put there by hand
         failures.append(str(error))
+        print(f"CIFAR-10 cannot be put into {root}: {error}")
     return failures
 
 
@@ -180,7 +183,7 @@ def fetch(source: str, partial: Path, slow: float) -> None:
 
 
 def receive(response: http.client.HTTPResponse, file: io.BufferedRandom, slow: float) -> None:
-    """Write the response into the file up to ARCHIVE_SIZE, with a bar; ConnectionError where it ends early or is slow."""
+    """Write the response into the file, with a bar; ConnectionError where it ends early or late, or is slow."""
     since, received = time.monotonic(), 0
     bar = tqdm(
         total=ARCHIVE_SIZE, initial=file.tell(), desc="CIFAR-10", unit="B", unit_scale=True, file=sys.stdout, delay=1, leave=False
@@ -190,6 +193,8 @@ def receive(response: http.client.HTTPResponse, file: io.BufferedRandom, slow: f
             file.write(chunk)
             bar.update(len(chunk))
             received += len(chunk)
+            if file.tell() > ARCHIVE_SIZE:
+                raise ConnectionError(f"sent more than the {ARCHIVE_SIZE} bytes that there are")
             if (seconds := time.monotonic() - since) >= PATIENCE:
                 if received < slow * seconds:
                     raise ConnectionError(f"{received / seconds / 1000:.0f} kB/s for {seconds:.0f} s, too slow")
@@ -260,17 +265,19 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int 
 
 def square(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
     """The middle of a PIL image or an array, as `read_image` returns it."""
-    if isinstance(image, Image.Image) and image.mode.startswith("I"):
-        image = np.asarray(image).clip(0, 65535).astype(np.uint16)
+    if isinstance(image, Image.Image) and (image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")):
+        clear = image.info.get("transparency")
+        image = np.asarray(image).astype(np.uint16)
+        image[image == (-1 if clear is None else clear)] = 65535
     if isinstance(image, np.ndarray):
         if image.dtype == np.uint16:
             image = (image >> 8).astype(np.uint8)
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,), (4,)):
             raise ValueError("neither uint8 nor uint16 of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
         image = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
-    if image.mode == "F" or 0 in image.size:
-        raise ValueError("no pixels" if 0 in image.size else "pixels in floating point, of unknown range")
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if image.mode in ("I", "F") or 0 in image.size:
+        raise ValueError("no pixels" if 0 in image.size else "pixels of 32 bits, of unknown range")
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size)))

@@ -22,7 +22,10 @@ BATCH = 256
 
 def files_in(paths: list[Path]) -> list[Path]:
     """The files as they are named, and of folders, and the folders in them, the pictures by name."""
-    pictures = lambda folder: sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)  # noqa: E731
+
+    def pictures(folder: Path) -> list[Path]:
+        return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
     return [file for path in paths for file in (pictures(path) if path.is_dir() else [path])]
 
 
@@ -35,6 +38,9 @@ def main() -> int:
     files = files_in(given.paths)
     if not files:
         parser.error(f"expected pictures, found none in {', '.join(map(str, given.paths))}")
+    if given.csv and not given.csv.parent.is_dir():
+        parser.error(f"expected a folder for {given.csv}, found none: make {given.csv.parent}")
+    sys.stdout.reconfigure(errors="surrogateescape")  # a file's name need not be text
 
     net = Net.from_pretrained().to("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
@@ -53,7 +59,7 @@ def main() -> int:
 
     if given.csv:
         partial = Path(f"{given.csv}.partial")
-        with open(partial, "w", newline="") as out:
+        with open(partial, "w", newline="", errors="surrogateescape") as out:
             csv.writer(out).writerows([["file", *["class", "probability"] * given.top], *rows])
         os.replace(partial, given.csv)
     else:

@@ -144,6 +144,7 @@ def train(
     Returns the mean cross-entropy (without label smoothing, so that it compares with `test`'s) and the
     accuracy in percent over all the epoch's samples, each as the model was when it saw them.
     Raises FloatingPointError for a loss that is NaN or infinite: at once on a CPU, within half a second on a GPU.
+    Raises ValueError for a loader without batches.
     """
     device = device_of(model)
     model.train()
@@ -173,10 +174,17 @@ def train(
                     f"at learning rate {rates[bad]:.4g}: lower it, or look for NaN in the images"
                 )
             if redraw:
-                loss, accuracy = loss_sum.item() / seen, 100 * correct.item() / seen
+                loss, accuracy = means(loss_sum, correct, seen)
                 bar.set_description(f"Train: Loss={loss:.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}", refresh=False)
                 redraw_at = time.monotonic() + REDRAW
-    return loss, accuracy
+    return means(loss_sum, correct, seen)
+
+
+def means(loss_sum: torch.Tensor, correct: torch.Tensor, seen: int) -> tuple[float, float]:
+    """The mean loss and the accuracy in percent; ValueError where nothing was seen."""
+    if not seen:
+        raise ValueError("expected at least one batch of (images, targets), found an empty loader: too few images?")
+    return loss_sum.item() / seen, 100 * correct.item() / seen
 
 
 def parts_of(images: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -205,7 +213,7 @@ def test(
         correct += (logits.argmax(1) == targets).sum()
         seen += len(targets)
     model.train(was_training)
-    loss, accuracy = loss_sum.item() / seen, 100 * correct.item() / seen
+    loss, accuracy = means(loss_sum, correct, seen)
     print(f"Test set: Average loss: {loss:.4f}, Accuracy: {correct.item()}/{seen} ({accuracy:.2f}%)\n")
     return loss, accuracy
 
@@ -233,7 +241,7 @@ def fit(
     process keeps the memory that it frees from then on (`keep_freed_memory`).
 
     Ctrl-C, or a notebook's stop button, ends the run between two steps: the model then holds the weights of the last
-    epoch that was finished, and its history is returned. (In the first epoch it is raised; a second one always is.)
+    epoch that was finished, and its history is returned. (In the first epoch it is raised; a second one is at once.)
 
     Args:
         ema_decay: what is tested, and what `model` holds in the end, is the exponential moving average of
@@ -244,7 +252,7 @@ def fit(
             a long run earns back.
         history_file: a CSV file to write the history to, one row an epoch, after every epoch.
         checkpoint: a file that holds the run as it was after its last epoch; the one before is kept beside it, as
-            NAME.previous.EXT. Where it cannot be written the run warns, goes on and tries again after the next epoch.
+            NAME.previous.EXT. Where the disk is full the run warns, goes on and tries again after the next epoch.
         resume: go on from the checkpoint; a finished run is loaded and not trained again. Where the checkpoint is
             of another run, or this is False, it is kept under another name and the run starts from its first epoch.
         recipe: whatever else tells this run from others, such as the seed, the data and the augmentation, which
@@ -255,8 +263,10 @@ def fit(
     test_accuracy (percent), learning_rate (of the epoch's first step), seconds (training and test).
 
     Raises:
-        ValueError: fewer than one epoch, a decay outside [0, 1), a checkpoint of another model, or one that is
-            damaged without a good one before it; nothing is overwritten then.
+        ValueError: fewer than one epoch, a decay outside [0, 1), an empty loader, or a checkpoint that is damaged
+            without a good one before it; nothing is overwritten then.
+        TypeError: an optimizer or scheduler whose state could be written but not read again.
+        OSError: a folder for the files that cannot be made.
         FloatingPointError: a loss or a weight that is NaN or infinite; no such weights are saved.
     """
     if epochs < 1 or not 0 <= ema_decay < 1:
@@ -274,17 +284,17 @@ def fit(
         "steps an epoch": len(train_loader),
         "label smoothing": label_smoothing,
         "decay of the average": ema_decay,
-        "model": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        "model": model,
         **describe(optimizer, scheduler),
         **(recipe or {}),
     }
     recipe = {key: " ".join(str(value).split()) for key, value in recipe.items()}
-    saved = None
-    if checkpoint is not None:
-        checkpoint = Path(checkpoint)
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        saved = find_run(checkpoint, recipe, resume)
+    for file in filter(None, (checkpoint, history_file)):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+    saved = find_run(Path(checkpoint), recipe, resume) if checkpoint is not None else None
     history = saved["history"] if saved else []
+    if history and history_file is not None:  # a run that was killed may have saved an epoch that it did not write there
+        write_history(history, history_file)
     if len(history) < epochs:
         processor = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         print(f"Training on {processor}, in {str(precision(device)).removeprefix('torch.')}, channels-last")
@@ -299,10 +309,10 @@ def fit(
         optimizer.load_state_dict(saved["optimizer"])
         if scheduler is not None:
             scheduler.load_state_dict(saved["scheduler"])
-        set_random_state(saved["random"])
+        set_random_state(saved["random"], train_loader)
     print()
 
-    finished = copy.deepcopy(average.module.state_dict())
+    finished, kept = copy.deepcopy(average.module.state_dict()), len(history)
     with interruptible() as interrupted:
 
         def after_step() -> None:
@@ -328,13 +338,15 @@ def fit(
                     after_step=after_step,
                 )
                 test_loss, test_accuracy = test(average.module, test_loader, network=tested)
-                if not all(value.isfinite().all() for value in [torch.tensor(test_loss), *model.state_dict().values()]):
-                    raise FloatingPointError(f"expected finite weights, found others after the last step, at a test loss of {test_loss}")
+                if bad := [key for key, value in average.module.state_dict().items() if not value.isfinite().all()]:
+                    raise FloatingPointError(f"expected finite weights, found others in {bad[0]} after the last step")
             except KeyboardInterrupt:
+                if len(interrupted) > 1:
+                    raise
                 break
             except FloatingPointError as error:
-                kept = f"{checkpoint} is as it was after epoch {epoch - 1}" if checkpoint and history else "nothing was saved"
-                raise FloatingPointError(f"epoch {epoch}: {error}; {kept}") from None
+                good = f"{checkpoint} is as it was after epoch {kept}" if kept else "nothing was saved"
+                raise FloatingPointError(f"epoch {epoch}: {error}; {good}") from None
             history.append(
                 {
                     "epoch": epoch,
@@ -347,23 +359,27 @@ def fit(
                 }
             )
             finished = copy.deepcopy(average.module.state_dict())
-            state = {
-                "recipe": recipe,
-                "model": model.state_dict(),
-                "average": average.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict() if scheduler is not None else None,
-                "random": random_state(),
-                "history": history,
-            }
-            try:
-                if checkpoint is not None:
-                    save_checkpoint(state, checkpoint)
-                if history_file is not None:
+            if checkpoint is not None:
+                state = {
+                    "recipe": recipe,
+                    "model": model.state_dict(),
+                    "average": average.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scheduler": scheduler.state_dict() if scheduler is not None else None,
+                    "random": random_state(train_loader),
+                    "history": history,
+                }
+                try:
+                    save_checkpoint(state, Path(checkpoint))
+                    kept = epoch
+                except OSError as error:
+                    good = f"{checkpoint} is as it was after epoch {kept}" if kept else "none was saved before"
+                    warnings.warn(f"epoch {epoch} could not be saved ({error}): {good}", stacklevel=2)
+            if history_file is not None:
+                try:
                     write_history(history, history_file)
-            except OSError as error:
-                last = f"{checkpoint} is of an earlier one" if checkpoint and checkpoint.exists() else "none was saved before"
-                warnings.warn(f"epoch {epoch} could not be saved ({error}): {last}; trying again after the next", stacklevel=2)
+                except OSError as error:
+                    warnings.warn(f"the history could not be written after epoch {epoch} ({error})", stacklevel=2)
             on_epoch(history[-1])
             if interrupted:
                 break
@@ -379,30 +395,37 @@ def fit(
 
 
 def describe(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler | None) -> dict[str, object]:
-    """What tells these from others, whether or not they have already been stepped."""
-    described = {"optimizer": f"{type(optimizer).__name__} {optimizer.defaults}", "scheduler": type(scheduler).__name__}
-    for name, key in (("learning rates", "initial_lr"), ("weight decays", "weight_decay")):
-        described[name] = [group.get(key, group["lr"] if key == "initial_lr" else None) for group in optimizer.param_groups]
-    return described
+    """What tells these from others, whether or not they have already been stepped: all options but what steps change."""
+    described = {"optimizer": type(optimizer).__name__, "schedule": type(scheduler).__name__}
+    for i, group in enumerate(optimizer.param_groups):
+        moving = {"params"} | ({"lr"} if "initial_lr" in group else set())
+        moving |= {"momentum", "betas"} if "max_momentum" in group else set()
+        described[f"parameters {i}"] = {key: value for key, value in group.items() if key not in moving}
+    moving = ("last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial", "_schedulers")
+    moving += ("T_cur", "T_i", "best", "num_bad_epochs", "cooldown_counter")
+    options = {key: value for key, value in scheduler.state_dict().items() if key not in moving} if scheduler is not None else {}
+    return described | {"schedule": f"{described['schedule']} {re.sub(' at 0x[0-9a-f]+', '', str(options))}"}
 
 
 def find_run(path: Path, recipe: dict[str, str], resume: bool) -> dict | None:
     """The saved state of this very run, or None where it starts from its first epoch; says which, and why, in a line."""
-    found = load_checkpoint(path)
-    if found is None:
-        return None
-    state, file = found
-    done, epochs = len(state["history"]), int(recipe["epochs"])
-    changes = [
-        f"{key} was {state['recipe'].get(key, 'not given')[:99]}, is {recipe.get(key, 'not given')[:99]}"
-        for key in dict.fromkeys([*recipe, *state["recipe"]])
-        if recipe.get(key) != state["recipe"].get(key)
-    ]
+    state = load_checkpoint(path) if resume else None
+    changes = []
+    for key in dict.fromkeys([*recipe, *state["recipe"]]) if state else ():
+        was, now = (texts.get(key, "not given") for texts in (state["recipe"], recipe))
+        if was != now:
+            same = max(0, len(os.path.commonprefix([was, now])) - 30)  # of a long text, the place where it differs
+            changes.append(f"{key} was {was[same : same + 60]}, is {now[same : same + 60]}")
     if changes or not resume:
-        why = f"is of another run ({changes[0]})" if changes else "is not resumed, as asked"
-        print(f"{file} {why}: kept as {set_aside(file)}, starting with epoch 1")
+        kept = [str(set_aside(file)) for file in (path, previous(path)) if file.exists()]
+        if kept:
+            why = f"is of another run ({changes[0]})" if changes else "is not resumed, as asked"
+            print(f"{path} {why}: kept as {' and '.join(kept)}, starting with epoch 1")
         return None
-    print(f"{file} holds {done} of {epochs} epochs of this run:")
+    if state is None:
+        return None
+    done, epochs = len(state["history"]), int(recipe["epochs"])
+    print(f"{path} holds {done} of {epochs} epochs of this run:")
     for row in state["history"]:
         print(
             "Epoch {epoch}: Train: Loss={train_loss:.4f} Accuracy={train_accuracy:.2f}, Test set: Average loss: "
@@ -413,8 +436,8 @@ def find_run(path: Path, recipe: dict[str, str], resume: bool) -> dict | None:
     return state
 
 
-def load_checkpoint(path: str | Path) -> tuple[dict, Path] | None:
-    """What `fit` saved, on the CPU, and the file that it is from: `path`, else its predecessor; None where neither is there.
+def load_checkpoint(path: str | Path) -> dict | None:
+    """What `fit` saved, on the CPU, at `path` or else at `previous(path)`; None where neither is there.
 
     Runs no code that a file may hold. A file whose checksums are wrong, or that holds more than numbers and text, is
     passed over with a warning and kept under another name. ValueError where no good one is left; both stay then.
@@ -435,7 +458,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict, Path] | None:
             continue
         if bad:
             warnings.warn(f"{path} is unusable ({bad[Path(path)]}), kept as {set_aside(Path(path))}: using {file}", stacklevel=4)
-        return state, file
+        return state
     if bad:
         found = " and ".join(f"{file} ({reason})" for file, reason in bad.items())
         raise ValueError(f"expected a checkpoint of fit, found unusable {found}: move what is there away to start anew")
@@ -472,15 +495,28 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
-def random_state() -> dict:
-    """The state of every generator that a loader or a model may draw from, as numbers and text."""
+def generators(loader: Iterable) -> list[torch.Generator]:
+    """Those that a `DataLoader` and its sampler were given for themselves."""
+    found = (getattr(part, "generator", None) for part in (loader, getattr(loader, "sampler", None)))
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
+
+
+def random_state(loader: Iterable) -> dict:
+    """The state of the global generators and of the loader's own, as numbers and text."""
     name, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(), "cuda": cuda}
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "loader": [generator.get_state() for generator in generators(loader)],
+    }
 
 
-def set_random_state(state: dict) -> None:
+def set_random_state(state: dict, loader: Iterable) -> None:
     """Undo what was drawn since `random_state` gave that."""
+    for generator, own in zip(generators(loader), state["loader"]):
+        generator.set_state(own)
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -494,9 +530,9 @@ def interruptible() -> Iterator[list[int]]:
     interrupted = []
 
     def note(number: int, frame: object) -> None:
-        if interrupted:
-            raise KeyboardInterrupt
         interrupted.append(number)
+        if len(interrupted) > 1:
+            raise KeyboardInterrupt
 
     # Only the main thread may set handlers, and a process that was started to ignore Ctrl-C goes on ignoring it.
     main = threading.current_thread() is threading.main_thread()
@@ -515,7 +551,7 @@ def interruptible() -> Iterator[list[int]]:
 
 def write_file(path: str | Path, content: bytes, keep: Path | None = None) -> None:
     """Write beside, flush and rename, so that `path` never holds half a file; what it held before goes to `keep`."""
-    partial = Path(f"{path}.partial")
+    partial = Path(f"{path}.{os.getpid()}.partial")  # another process may be writing too
     try:
         with open(partial, "wb") as file:
             file.write(content)

@@ -39,12 +39,15 @@ class Batches(list):
             yield images, targets
 
 
-def run(folder, loader=None, rate=lambda step: 1 - step / (EPOCHS * STEPS), seed=0, epochs=EPOCHS, **options):
+def run(
+    folder, loader=None, rate=lambda step: 1 - step / (EPOCHS * STEPS), seed=0, epochs=EPOCHS, momentum=0.9, dropout=0.5, **options
+):  # fmt: skip
     """A run with dropout, momentum, an average and a schedule, in a folder; its weights and its history but for seconds."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 3))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    options = {"checkpoint": folder / "net.pt", "history_file": folder / "history.csv", "recipe": {"seed": seed}} | options
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(dropout), nn.Linear(16, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+    recipe = {"seed": seed, "augmentation": "flip " * 30 + "crop"}
+    options = {"checkpoint": folder / "net.pt", "history_file": folder / "history.csv", "recipe": recipe} | options
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     history = fit(model, loader or Batches(), Batches(), optimizer, scheduler, epochs=epochs, ema_decay=0.9, **options)
     return model.state_dict(), [{name: value for name, value in row.items() if name != "seconds"} for row in history]
@@ -77,7 +80,7 @@ def test_ctrl_c_keeps_the_finished_epochs_and_the_next_call_goes_on(tmp_path, wh
     assert history == whole[1][:2] and "Interrupted after 2 of 5 epochs" in capsys.readouterr().out
     with open(tmp_path / "history.csv") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
-    average = load_checkpoint(tmp_path / "net.pt")[0]["average"]
+    average = load_checkpoint(tmp_path / "net.pt")["average"]
     assert all(torch.equal(weights[key], average[f"module.{key}"]) for key in weights)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert same(run(tmp_path), whole)
@@ -93,6 +96,35 @@ def test_ctrl_c_belongs_to_the_main_thread(tmp_path, whole):
     thread.start()
     thread.join()
     assert same(found[0], whole)
+
+
+def test_a_second_ctrl_c_is_raised_at_once(tmp_path):
+    def press_twice(images):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("it went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Batches(3, 2, press_twice))
+
+
+def test_a_loader_s_own_generator_goes_on_too(tmp_path):
+    images = torch.utils.data.TensorDataset(torch.randn(32, 1, 4, 4), torch.randint(3, (32,)))
+
+    def loader():
+        return torch.utils.data.DataLoader(images, 8, shuffle=True, generator=torch.Generator().manual_seed(1))
+
+    expected = run(tmp_path / "whole", loader())
+    run(tmp_path / "stopped", loader(), on_epoch=lambda row: os.kill(os.getpid(), signal.SIGINT) if row["epoch"] == 2 else None)
+    assert len(load_checkpoint(tmp_path / "stopped/net.pt")["history"]) == 2
+    assert same(run(tmp_path / "stopped", loader()), expected)
+
+
+def test_a_history_that_a_kill_left_short_is_completed(tmp_path):
+    run(tmp_path)
+    (tmp_path / "history.csv").unlink()
+    run(tmp_path)
+    assert len((tmp_path / "history.csv").read_text().splitlines()) == 1 + EPOCHS
 
 
 def damage(path, kind):
@@ -130,13 +162,13 @@ def test_killed_between_the_two_renames(tmp_path, whole):
 
 def test_a_full_disk_costs_a_warning_and_an_epoch(tmp_path, whole):
     def fill(images):
-        (tmp_path / "net.pt.partial").symlink_to("/dev/full")  # a write there is refused as on a full disk
+        (tmp_path / f"net.pt.{os.getpid()}.partial").symlink_to("/dev/full")  # a write there is refused as on a full disk
         return images
 
-    with pytest.warns(UserWarning, match=r"epoch 3 could not be saved \(.*No space left.*net\.pt is of an earlier one"):
+    with pytest.warns(UserWarning, match=r"epoch 3 could not be saved \(.*No space left.*net\.pt is as it was after epoch 2"):
         assert same(run(tmp_path, Batches(3, 1, fill)), whole)
-    assert len(load_checkpoint(tmp_path / "net.pt")[0]["history"]) == EPOCHS
-    assert len(load_checkpoint(previous(tmp_path / "net.pt"))[0]["history"]) == EPOCHS - 1
+    assert len(load_checkpoint(tmp_path / "net.pt")["history"]) == EPOCHS
+    assert len(load_checkpoint(previous(tmp_path / "net.pt"))["history"]) == EPOCHS - 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
@@ -144,7 +176,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
         run(tmp_path, Batches(3, 2, lambda images: images * torch.inf))
     for part in ("epoch 3:", "found nan in step 2 of 4 at learning rate 0.055", "net.pt is as it was after epoch 2"):
         assert part in str(error.value)
-    state, _ = load_checkpoint(tmp_path / "net.pt")
+    state = load_checkpoint(tmp_path / "net.pt")
     assert len(state["history"]) == 2 and all(value.isfinite().all() for value in state["model"].values())
     with pytest.raises(FloatingPointError, match="epoch 1: .*nothing was saved"):
         run(tmp_path / "other", Batches(1, 1, lambda images: images * torch.nan))
@@ -153,7 +185,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
 def test_weights_that_the_last_step_spoils_are_not_saved(tmp_path):
     with pytest.raises(FloatingPointError, match="epoch 2: expected finite weights"):
         run(tmp_path, rate=lambda step: torch.inf if step == 2 * STEPS - 1 else 1.0)
-    assert len(load_checkpoint(tmp_path / "net.pt")[0]["history"]) == 1
+    assert len(load_checkpoint(tmp_path / "net.pt")["history"]) == 1
 
 
 def test_a_state_that_could_not_be_read_again_is_refused_at_the_first_epoch(tmp_path):
@@ -180,6 +212,9 @@ def test_a_finished_run_is_said_and_loaded(tmp_path, whole, capsys):
         ({"seed": 1}, "seed was 0, is 1"),
         ({"epochs": 6}, "epochs was 5, is 6"),
         ({"label_smoothing": 0.1}, "label smoothing was 0.0, is 0.1"),
+        ({"recipe": {"seed": 0, "augmentation": "flip " * 30 + "cut"}}, "flip crop, is lip flip"),
+        ({"momentum": 0.8}, "'momentum': 0.9"),
+        ({"dropout": 0.4}, "Dropout(p=0.5"),
         ({"resume": False}, "is not resumed, as asked"),
     ],
 )

@@ -121,7 +121,8 @@ def on_a_small_disk(*arguments):
 
 def test_a_full_disk_is_one_line_and_what_arrived_stays(world):
     facts, sent, get = world
-    assert not get("whole", "404", function=on_a_small_disk)[0]
+    arrived, log = get("whole", "404", function=on_a_small_disk)
+    assert not arrived and re.fullmatch(r"CIFAR-10 cannot be put into \S+: .*File too large\n", log)
     sent.clear()
     assert get("whole")[0] and sent["whole"] == facts["size"] - 1_000_000
 
@@ -135,5 +136,6 @@ def test_members_that_would_land_elsewhere_are_refused(world, tmp_path):
     (tmp_path / "root").mkdir()
     (tmp_path / "root/cifar-10-python.tar.gz").write_bytes(archive)
     facts |= {"tgz_md5": hashlib.md5(archive).hexdigest()}
-    assert not get("404")[0]
-    assert not (tmp_path / "escaped").exists() and not (tmp_path / "root/cifar-10-batches-py").exists()
+    arrived, log = get("404")
+    assert not arrived and "outside the destination" in log
+    assert not list(tmp_path.rglob("escaped")) and not (tmp_path / "root/cifar-10-batches-py").exists()

@@ -86,6 +86,9 @@ def test_grey_sixteen_bits_and_transparency():
         assert np.array_equal(read_image(source), expected)
     clear = np.dstack([PICTURE, np.zeros((32, 32), np.uint8)])
     assert (read_image(clear) == 255).all() and (read_image(Image.fromarray(clear)) == 255).all()
+    some = Image.fromarray(grey)
+    found = read_image(encoded(some, transparency=int(grey[9, 9])))
+    assert (found[9, 9] == 255).all() and np.array_equal(found[10:], expected[10:])
     palette = encoded(Image.fromarray(PICTURE).convert("P"), transparency=Image.fromarray(PICTURE).convert("P").getpixel((0, 0)))
     assert (read_image(palette)[:, :16] == 255).all() and np.array_equal(read_image(palette)[:, 16:], PICTURE[:, 16:])
 
@@ -99,10 +102,15 @@ def test_any_size(size):
 
 
 def test_an_image_that_was_given_stays_as_it_is(tmp_path):
-    (tmp_path / "turned.jpg").write_bytes(turned())
-    with Image.open(tmp_path / "turned.jpg") as image:
-        read_image(image)
-        assert image.size == (32, 32) and image.getexif()[0x0112] == 6
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    tall = Image.fromarray(PICTURE).resize((2000, 3000))
+    (tmp_path / "turned.jpg").write_bytes(encoded(tall, "JPEG", exif=exif))
+    with Image.open(tmp_path / "turned.jpg") as image, Image.open(tmp_path / "turned.jpg") as untouched:
+        found = read_image(image)
+        assert image.size == (2000, 3000) and image.getexif()[0x0112] == 6
+        assert np.array_equal(np.asarray(image), np.asarray(untouched))
+        assert np.abs(found.astype(int) - np.rot90(PICTURE, -1)).mean() < 20  # red above blue
 
 
 def bomb() -> bytes:
@@ -118,6 +126,7 @@ BAD = {
     "bomb.png": bomb(),
     "huge.png": as_file()[:16] + b"\xff" * 8 + as_file()[24:],
     "script.eps": encoded(Image.fromarray(PICTURE), "EPS"),  # Pillow would run Ghostscript
+    "long.tiff": encoded(Image.fromarray(np.full((8, 8), 9, np.int32)), "TIFF"),
     "float.tiff": encoded(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF"),
 }
 

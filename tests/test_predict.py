@@ -14,6 +14,7 @@ def pictures(tmp_path_factory):
     """Twenty test images as files, two of each class, in a folder with a folder in it, and a text among them."""
     folder = tmp_path_factory.mktemp("pictures")
     (folder / "more").mkdir()
+    (folder / "album.png").mkdir()
     sample = AlbumentationsCIFAR10(ASSETS, train=False)
     for i in range(0, 500, 25):
         Image.fromarray(sample.data[i]).save(folder / ("more" if i % 50 else ".") / f"{CLASSES[sample.targets[i]]}{i}.png")
@@ -40,13 +41,13 @@ def test_a_folder_to_a_table(pictures, tmp_path):
 
 def test_bad_files_are_named_the_others_predicted_and_the_status_tells(pictures, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"bad")
-    good = next(pictures.glob("*.png"))
+    good = next(path for path in pictures.glob("*.png") if path.is_file())
     done = run(good, tmp_path / "bad.png", tmp_path / "none.png", good)
     assert done.returncode == 1 and done.stdout.count(f"{good}: ") == 2
     assert "bad.png" in done.stderr and "none.png" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], ["--top", "11", "a.png"], [REPOSITORY / "tests"]])
+@pytest.mark.parametrize("arguments", [[], ["--top", "11", "a.png"], [REPOSITORY / "tests"], ["a.png", "--csv", "no/out.csv"]])
 def test_a_call_without_sense_is_2(arguments):
     done = run(*arguments)
     assert done.returncode == 2 and "Traceback" not in done.stderr

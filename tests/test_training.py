@@ -144,3 +144,9 @@ def test_fit_refuses_what_cannot_be(wrong):
     model = Scores()
     with pytest.raises(ValueError, match="expected epochs >= 1 and 0 <= ema_decay < 1"):
         fit(model, [], [], torch.optim.SGD(model.parameters(), lr=0.1), **wrong)
+
+
+def test_an_empty_loader_is_said():
+    model = Scores()
+    with pytest.raises(ValueError, match="at least one batch"):
+        fit(model, [], [], torch.optim.SGD(model.parameters(), lr=0.1), epochs=1)
