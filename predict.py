@@ -1,4 +1,5 @@
-"""Name what is in pictures: the network of assets/net.safetensors, for files or folders of them.
+"""Name what is in pictures, files or folders of them: airplane, automobile, bird, cat, deer, dog, frog, horse, ship or
+truck, whatever else a picture may show.
 
 The exit status is 0 where every picture was predicted, 1 where one could not be (why is on standard error), 2 for a
 call that makes no sense.
@@ -33,7 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1])
     parser.add_argument("paths", nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="PNG, JPEG, GIF, WebP, BMP, TIFF or PPM")
     parser.add_argument("--top", type=int, default=3, metavar="K", choices=range(1, len(CLASSES) + 1), help="classes a picture (3)")
-    parser.add_argument("--csv", type=Path, metavar="OUT", help="write file, class, probability, class, ... there, not here")
+    parser.add_argument("--csv", type=Path, metavar="OUT", help="write file, class1, probability1, class2, ... there")
     given = parser.parse_args()
     files = files_in(given.paths)
     if not files:
@@ -58,9 +59,10 @@ def main() -> int:
             bar.update(len(files[start : start + BATCH]))
 
     if given.csv:
+        columns = [f"{name}{k}" for k in range(1, given.top + 1) for name in ("class", "probability")]
         partial = Path(f"{given.csv}.partial")
         with open(partial, "w", newline="", errors="surrogateescape") as out:
-            csv.writer(out).writerows([["file", *["class", "probability"] * given.top], *rows])
+            csv.writer(out).writerows([["file", *columns], *rows])
         os.replace(partial, given.csv)
     else:
         for file, *answer in rows:

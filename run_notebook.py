@@ -4,7 +4,7 @@ The names are those of the notebook's parameters cell. While it runs, the result
 only a complete run replaces S8.ipynb, and one that fails says why in its last line.
 """
 
-import json
+import ast
 import os
 import sys
 from pathlib import Path
@@ -16,10 +16,10 @@ NOTEBOOK, GROWING = Path("S8.ipynb"), Path("runs/S8.ipynb")
 
 
 def typed(text: str) -> int | float | str | bool:
-    """A parameter's value as typed in a shell: a number or true/false where it reads as one, else the text."""
+    """A parameter's value as typed in a shell: a number or a truth value where it reads as one, else the text."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (SyntaxError, ValueError):
         return text
 
 
@@ -32,6 +32,10 @@ def main() -> None:
     # What an earlier run was given is not a default of this one.
     notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     GROWING.parent.mkdir(exist_ok=True)
+    # What a kernel that is stopped complains of goes to a file; what the cells print to standard error comes here.
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    with open(GROWING.with_name("kernel.log"), "w") as log:
+        os.dup2(log.fileno(), 2)
     try:
         papermill.execute_notebook(
             notebook,
@@ -45,7 +49,8 @@ def main() -> None:
     except papermill.PapermillExecutionError as error:
         sys.exit(f"{error.ename}: {error.evalue}")
     except KeyboardInterrupt:
-        sys.exit(f"interrupted: {NOTEBOOK} is as it was, and what this run had done is in {GROWING}")
+        print(f"interrupted: {NOTEBOOK} is as it was; the same command goes on after the last whole epoch", file=sys.stderr)
+        os._exit(1)  # else Python complains, on its way out, of questions that the stopped kernel will not answer
     notebook = nbformat.read(GROWING, as_version=4)
     notebook.metadata.pop("papermill", None)  # it holds a copy of the whole input
     nbformat.write(notebook, GROWING)

@@ -159,6 +159,7 @@ def test_an_interrupted_run_leaves_the_notebook(clone):
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 1 and errors.splitlines()[-1].startswith("interrupted: S8.ipynb is as it was")
+    assert "Traceback" not in errors and "ERROR" not in errors
     assert (clone / "S8.ipynb").read_bytes() == before
 
 

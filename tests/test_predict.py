@@ -33,7 +33,7 @@ def test_a_folder_to_a_table(pictures, tmp_path):
     assert done.returncode == 0 and done.stdout == "", done.stderr
     with open(tmp_path / "out.csv") as file:
         header, *rows = csv.reader(file)
-    assert header == ["file", "class", "probability", "class", "probability"] and len(rows) == 20
+    assert header == ["file", "class1", "probability1", "class2", "probability2"] and len(rows) == 20
     assert sum(row[1] in row[0].rsplit("/", 1)[1] for row in rows) >= 15
     assert all(1 >= float(row[2]) >= float(row[4]) >= 0 for row in rows)
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
