@@ -73,12 +73,13 @@ def test_fit_learns_the_sample_and_writes_what_it_prints(tmp_path, capsys):
     assert training_utils.test(net, test_loader) == (history[-1]["test_loss"], history[-1]["test_accuracy"])
 
 
-@pytest.mark.parametrize("kind, learning_rate", [("float32", 5e-4), ("float64", 0.01)])
+@pytest.mark.parametrize("kind, learning_rate", [("float32", 1e-4), ("float64", 0.01)])
 def test_fast_path_has_the_losses_of_a_plain_loop(kind, learning_rate, monkeypatch, capsys):
     """Channels-last, fused, in float32 also compiled: the same maths, for 20 steps on real images.
 
     In float32 from the trained weights. From fresh ones only float64 can tell: there the network magnifies a rounding
-    a hundredfold a step, and a plain float32 loop on one thread is soon as far from the same on two.
+    a hundredfold a step, and a plain float32 loop on one thread is soon as far from the same on two. At a learning rate
+    of 5e-4 the trained ones, too, take those two 2e-5 apart.
     """
     dtype = getattr(torch, kind)
     monkeypatch.setattr(training_utils, "precision", lambda device: torch.float32)
@@ -107,7 +108,7 @@ def test_fast_path_has_the_losses_of_a_plain_loop(kind, learning_rate, monkeypat
         pytest.skip("the compiler fails with this version of torch, and channels-last alone rounds to 3e-5")
     found = [train(fast, [batch], sgd, network=network)[0] for batch in batches]
     assert found == pytest.approx(plain_loop(), rel=0, abs=1e-5)
-    assert found != pytest.approx(plain_loop(nesterov=False), rel=0, abs=1e-4)  # what this test is there to tell apart
+    assert found != pytest.approx(plain_loop(nesterov=False), rel=0, abs=2e-5)  # what this test is there to tell apart
 
 
 def test_a_compiler_that_fails_is_named_and_done_without(monkeypatch, capsys):
