@@ -51,6 +51,14 @@ CHANGES = {
     "AdamW, rate 3e-3, decay 0.05": {"optimizer": "AdamW", "rate": 3e-3, "decay": 0.05},
     "Muon, rate 0.1": {"optimizer": "Muon", "muon_rate": 0.1},
     "Muon, rate 0.2": {"optimizer": "Muon", "muon_rate": 0.2},
+    "Muon, rate 0.05": {"optimizer": "Muon", "muon_rate": 0.05},
+    "Muon, rate 0.1, warm-up 0.05": {"optimizer": "Muon", "muon_rate": 0.1, "warm_up": 0.05},
+    "Muon, rate 0.1, momentum 0.9": {"optimizer": "Muon", "muon_rate": 0.1, "momentum": 0.9},
+    "Muon, rate 0.1, no cutout": {
+        "optimizer": "Muon",
+        "muon_rate": 0.1,
+        "augmentation": lambda steps: [step for step in steps if not isinstance(step, A.CoarseDropout)],
+    },
 }
 
 
@@ -130,7 +138,7 @@ def run(change: dict, seed: int, epochs: int, root: Path, device: torch.device) 
         groups[0]["params"] = others
         for group in groups:
             group["lr"] = recipe["rate"]
-        optimizer = Muon([{"params": banks, "orthogonal": True, "lr": recipe["muon_rate"], "momentum": 0.6}, *groups])
+        optimizer = Muon([{"params": banks, "orthogonal": True, "lr": recipe["muon_rate"], "momentum": recipe.get("momentum", 0.6)}, *groups])
     else:
         optimizer = torch.optim.SGD(groups, lr=recipe["rate"], momentum=0.9, nesterov=True, fused=True)
     steps = epochs * len(loaders[0])
