@@ -1,4 +1,5 @@
 # make notebook [EPOCHS=100 DATA=auto ...]   execute S8.ipynb in place; any parameter of its first code cell
+# make distributed [N=2 EPOCHS=100 ...]      train with it on N processes, as many as there are GPUs, or else cores
 # make test                                  pass the tests
 # make bench                                 measure the speed of every part beside what others use
 # make soak                                  kill runs, break servers and mutate files for twenty minutes
@@ -9,6 +10,10 @@ PARAMETERS = $(filter-out PYTHON=%,$(MAKEOVERRIDES))
 
 notebook: .venv/installed
 	@.venv/bin/python run_notebook.py $(PARAMETERS)
+
+distributed: .venv/installed
+	@.venv/bin/python run_notebook.py --script $(filter-out N=%,$(PARAMETERS))
+	@.venv/bin/torchrun --nproc-per-node=$(or $(N),auto) S8.py
 
 test: .venv/installed
 	@.venv/bin/python -m pytest
@@ -28,4 +33,4 @@ soak: .venv/installed
 	.venv/bin/python -m pip install --disable-pip-version-check --progress-bar on -r requirements.txt
 	@touch $@
 
-.PHONY: notebook test bench soak
+.PHONY: notebook distributed test bench soak

@@ -621,22 +621,41 @@ class BatchLoader:
 
     Yields (images float32 (B, 3, 32, 32), targets int64 (B,)) on the device. Shuffled, the order is new in each
     epoch, by (seed, epoch); a last batch of a single image, which batch norm cannot train on, is left out then.
+
+    Of several `processes`, this one, `rank`, gets every so many-th image of each batch, augmented as one process alone
+    would have it. Shuffled, all get the same number: the last batch is cut to what they can share.
+
+    Raises ValueError for a batch size below 1 or, shuffled, one that the processes cannot share equally.
     """
 
-    def __init__(self, images: AlbumentationsImages, batch_size: int, shuffle: bool, device: torch.device | str = "cpu"):
-        if batch_size < 1:
-            raise ValueError(f"expected batch_size >= 1, found {batch_size}: give the images a step")
+    def __init__(
+        self,
+        images: AlbumentationsImages,
+        batch_size: int,
+        shuffle: bool,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        processes: int = 1,
+    ):
+        if batch_size < 1 or (shuffle and batch_size % processes):
+            raise ValueError(
+                f"expected batch_size >= 1, a multiple of the {processes} process{'es' * (processes > 1)}, "
+                f"found {batch_size}: give the images a step, of all processes together"
+            )
         self.images = torch.from_numpy(images.data).to(device)
         self.targets = torch.tensor(images.targets, device=device)
         self.transform = BatchTransform(images.transform, device)
-        self.batch_size, self.shuffle, self.seed, self.epoch = batch_size, shuffle, images.seed, 0
+        rest = len(images) % batch_size if shuffle else 0
+        used = len(images) - (rest % processes if rest >= 2 * processes else rest)
+        self.share = slice(rank, used, processes)  # of the images in the order of the epoch
+        self.batch_size, self.shuffle, self.seed, self.epoch = -(-batch_size // processes), shuffle, images.seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle and draw the augmentations as in this epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.images) // self.batch_size + (len(self.images) % self.batch_size > self.shuffle)
+        return -(-len(range(len(self.images))[self.share]) // self.batch_size)
 
     def __iter__(self):
         count, size = len(self.images), tuple(self.images.shape[1:3])
@@ -644,7 +663,7 @@ class BatchLoader:
         order = torch.arange(count)
         if self.shuffle:
             order = torch.from_numpy(np.random.default_rng((self.seed, self.epoch, 1)).permutation(count))
-        order = order[: len(self) * self.batch_size].to(self.images.device)
+        order = order[self.share].to(self.images.device)
         # Several batches at once: a small one takes as long for the calls as for the pixels.
         for rows in order.split(self.batch_size * max(1, 1024 // self.batch_size)):
             images = self.transform(self.images.index_select(0, rows), table.index_select(0, rows))

@@ -2,6 +2,8 @@
 
 The names are those of the notebook's parameters cell. While it runs, the result grows in runs/S8.ipynb;
 only a complete run replaces S8.ipynb, and one that fails says why in its last line.
+
+With --script before them nothing is executed: S8.py is written, the notebook with these values, for torchrun.
 """
 
 import ast
@@ -9,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+import nbconvert
 import nbformat
 import papermill
 
@@ -25,12 +28,17 @@ def typed(text: str) -> int | float | str | bool:
 
 def main() -> None:
     os.chdir(Path(__file__).resolve().parent)
-    if malformed := [argument for argument in sys.argv[1:] if "=" not in argument]:
+    script, arguments = sys.argv[1:2] == ["--script"], sys.argv[1:]
+    if malformed := [argument for argument in arguments[script:] if "=" not in argument]:
         sys.exit(f"expected NAME=VALUE, found {malformed[0]!r}: see the parameters cell of {NOTEBOOK}")
-    parameters = {name: typed(value) for name, value in (argument.split("=", 1) for argument in sys.argv[1:])}
+    parameters = {name: typed(value) for name, value in (argument.split("=", 1) for argument in arguments[script:])}
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     # What an earlier run was given is not a default of this one.
     notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    if script:
+        text, _ = nbconvert.PythonExporter().from_notebook_node(papermill.execute_notebook(notebook, None, parameters, prepare_only=True))
+        NOTEBOOK.with_suffix(".py").write_text(text)
+        return
     GROWING.parent.mkdir(exist_ok=True)
     # What a kernel that is stopped complains of goes to a file; what the cells print to standard error comes here.
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)

@@ -6,6 +6,9 @@ sampler or its data set offers as `set_epoch(epoch)` is called before each epoch
 Losses and accuracies are exact over all samples, whatever the batch sizes: sums are kept on the
 device, and the processor waits for them only when the progress bar is drawn anew.
 
+Under `torchrun` the same calls train on several processes (`join_processes`): each has its share of every batch, the
+gradients are averaged, losses and accuracies are those of all samples, and the first process alone writes.
+
 A run with a checkpoint survives: after every epoch all that decides what comes next is on the disk, and the same call
 goes on from there, bit for bit on the same processor. Nothing that is loaded here can run code.
 """
@@ -35,7 +38,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -127,6 +130,58 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+# ---------------------------------------------------------------- several processes
+
+
+def join_processes() -> tuple[torch.device, int, int]:
+    """Join the processes that `torchrun` started; this one's (device, rank, number of processes).
+
+    Without a launcher that is the GPU, or else the CPU, and 0 of 1. With GPUs each process takes one, and they talk
+    through NCCL; else through gloo. Only rank 0 prints from then on.
+    """
+    gpu = torch.cuda.is_available()
+    if not distributed.is_torchelastic_launched():
+        return torch.device("cuda" if gpu else "cpu"), 0, 1
+    local = int(os.environ["LOCAL_RANK"])
+    if gpu and local >= torch.cuda.device_count():
+        raise RuntimeError(f"expected a GPU for each process, found {torch.cuda.device_count()}: lower --nproc-per-node")
+    if gpu:
+        torch.cuda.set_device(local)
+    distributed.init_process_group("nccl" if gpu else "gloo")
+    if distributed.get_rank():
+        sys.stdout = open(os.devnull, "w")
+    return torch.device("cuda", local) if gpu else torch.device("cpu"), distributed.get_rank(), distributed.get_world_size()
+
+
+def synchronised(model: nn.Module) -> nn.Module:
+    """The model with its own parameters and buffers, whose batch norms take their statistics from all processes."""
+    own = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model, own))
+
+
+@torch.no_grad()
+def agree(tensors: Iterable[torch.Tensor]) -> None:
+    """Put in the place of each floating-point tensor its mean over all processes."""
+    if not (tensors := [tensor for tensor in tensors if tensor.is_floating_point()]):
+        return
+    mean = torch.cat([tensor.flatten() for tensor in tensors])  # one message for all: the small ones cost the time
+    distributed.all_reduce(mean)
+    mean /= distributed.get_world_size()
+    for tensor, part in zip(tensors, mean.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(part.view_as(tensor))
+
+
+def over_processes(*sums: torch.Tensor | int) -> list[torch.Tensor]:
+    """Each sum over all processes, exact: float64 holds any count of samples."""
+    total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=sums[0].device) for value in sums])
+    if distributed.is_initialized():
+        distributed.all_reduce(total)
+    return list(total)
+
+
+# ---------------------------------------------------------------- training
+
+
 def train(
     model: nn.Module,
     loader: Iterable,
@@ -139,7 +194,7 @@ def train(
 ) -> tuple[float, float]:
     """One epoch of training, with a progress bar; the scheduler and `after_step` go on after every step.
 
-    `network` computes what the model does, faster: see `compiled`.
+    `network` computes what the model does, faster (`compiled`) or for all processes (`synchronised`).
 
     Returns the mean cross-entropy (without label smoothing, so that it compares with `test`'s) and the
     accuracy in percent over all the epoch's samples, each as the model was when it saw them.
@@ -157,6 +212,8 @@ def train(
             logits = forward(network or model, images)
             optimizer.zero_grad()
             F.cross_entropy(logits, targets, label_smoothing=label_smoothing).backward()
+            if distributed.is_initialized():
+                agree(p.grad for p in model.parameters() if p.grad is not None)
             rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             if scheduler is not None:
@@ -167,7 +224,9 @@ def train(
                 correct += (logits.argmax(1) == targets).sum()
                 finite += (finite == batch_id) & loss_sum.isfinite()
             seen += len(targets)
-            redraw = time.monotonic() >= redraw_at or batch_id + 1 == len(loader)
+            if last := batch_id + 1 == len(loader):
+                loss_sum, correct, seen = over_processes(loss_sum, correct, seen)
+            redraw = time.monotonic() >= redraw_at or last
             if (redraw or device.type == "cpu") and (bad := finite.item()) <= batch_id:
                 raise FloatingPointError(
                     f"expected a finite loss, found {loss_sum.item()} in step {bad + 1} of {len(loader)} "
@@ -180,11 +239,11 @@ def train(
     return means(loss_sum, correct, seen)
 
 
-def means(loss_sum: torch.Tensor, correct: torch.Tensor, seen: int) -> tuple[float, float]:
+def means(loss_sum: torch.Tensor, correct: torch.Tensor, seen: int | torch.Tensor) -> tuple[float, float]:
     """The mean loss and the accuracy in percent; ValueError where nothing was seen."""
     if not seen:
         raise ValueError("expected at least one batch of (images, targets), found an empty loader: too few images?")
-    return loss_sum.item() / seen, 100 * correct.item() / seen
+    return float(loss_sum) / float(seen), 100 * float(correct) / float(seen)
 
 
 def parts_of(images: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -213,8 +272,9 @@ def test(
         correct += (logits.argmax(1) == targets).sum()
         seen += len(targets)
     model.train(was_training)
+    loss_sum, correct, seen = over_processes(loss_sum, correct, seen)
     loss, accuracy = means(loss_sum, correct, seen)
-    print(f"Test set: Average loss: {loss:.4f}, Accuracy: {correct.item()}/{seen} ({accuracy:.2f}%)\n")
+    print(f"Test set: Average loss: {loss:.4f}, Accuracy: {correct:.0f}/{seen:.0f} ({accuracy:.2f}%)\n")
     return loss, accuracy
 
 
@@ -242,6 +302,10 @@ def fit(
 
     Ctrl-C, or a notebook's stop button, ends the run between two steps: the model then holds the weights of the last
     epoch that was finished, and its history is returned. (In the first epoch it is raised; a second one is at once.)
+
+    On several processes each loader gives this process's share of each batch, as `dataset.BatchLoader` does, as many
+    batches to all for training and equal shares of each. Rank 0 alone writes files and calls `on_epoch`; the
+    checkpoint is one that any number of processes goes on from. Ctrl-C ends such a run at once.
 
     Args:
         ema_decay: what is tested, and what `model` holds in the end, is the exponential moving average of
@@ -274,6 +338,9 @@ def fit(
     device = device_of(model)
     keep_freed_memory()
     model.to(memory_format=torch.channels_last)
+    if distributed.is_initialized():
+        for tensor in model.state_dict().values():
+            distributed.broadcast(tensor, 0)
     average = AveragedModel(
         model,
         multi_avg_fn=lambda old, new, t: get_ema_multi_avg_fn(min(ema_decay, float((1 + t) / (10 + t))))(old, new, t),
@@ -291,16 +358,24 @@ def fit(
     recipe = {key: " ".join(str(value).split()) for key, value in recipe.items()}
     for file in filter(None, (checkpoint, history_file)):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-    saved = find_run(Path(checkpoint), recipe, resume) if checkpoint is not None else None
+    rank = distributed.get_rank() if distributed.is_initialized() else 0
+    found = [find_run(Path(checkpoint), recipe, resume) if checkpoint is not None and not rank else None]
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(found)
+    saved, own_seed = found[0], torch.initial_seed()
     history = saved["history"] if saved else []
-    if history and history_file is not None:  # a run that was killed may have saved an epoch that it did not write there
+    if history and history_file is not None and not rank:  # a run that was killed may have saved an epoch that it did not write there
         write_history(history, history_file)
     if len(history) < epochs:
         processor = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        if distributed.is_initialized():
+            processor += f", in each of {distributed.get_world_size()} processes"
         print(f"Training on {processor}, in {str(precision(device)).removeprefix('torch.')}, channels-last")
-    network = tested = None
+    network, tested = model.train(), None
+    if distributed.is_initialized() and device.type == "cuda":  # there is no such batch norm for CPUs
+        network = synchronised(model)
     if compile and len(history) < epochs:
-        network = compiled(model.train(), next(iter(train_loader))[0].to(device))
+        network = compiled(network, next(iter(train_loader))[0].to(device))
         if device.type == "cpu":  # on a GPU the test takes too short a time to win the compiler's back
             tested = compiled(average.module.eval(), parts_of(next(iter(test_loader))[0])[0])
     if saved:
@@ -324,6 +399,8 @@ def fit(
             start = time.perf_counter()
             learning_rate = optimizer.param_groups[0]["lr"]
             print(f"Epoch {epoch}")
+            if rank:  # its own random numbers, dropout's, the same again where the run is resumed
+                torch.manual_seed(own_seed + 1_000_003 * epoch + rank)
             for part in (train_loader, getattr(train_loader, "sampler", None), getattr(train_loader, "dataset", None)):
                 if hasattr(part, "set_epoch"):
                     part.set_epoch(epoch)
@@ -337,11 +414,13 @@ def fit(
                     network=network,
                     after_step=after_step,
                 )
+                if distributed.is_initialized():  # each has its own running statistics, of the samples that it has seen
+                    agree([*model.buffers(), *average.module.buffers()])
                 test_loss, test_accuracy = test(average.module, test_loader, network=tested)
                 if bad := [key for key, value in average.module.state_dict().items() if not value.isfinite().all()]:
                     raise FloatingPointError(f"expected finite weights, found others in {bad[0]} after the last step")
             except KeyboardInterrupt:
-                if len(interrupted) > 1:
+                if len(interrupted) > 1 or distributed.is_initialized():
                     raise
                 break
             except FloatingPointError as error:
@@ -359,6 +438,8 @@ def fit(
                 }
             )
             finished = copy.deepcopy(average.module.state_dict())
+            if rank:
+                continue
             if checkpoint is not None:
                 state = {
                     "recipe": recipe,
@@ -535,8 +616,9 @@ def interruptible() -> Iterator[list[int]]:
             raise KeyboardInterrupt
 
     # Only the main thread may set handlers, and a process that was started to ignore Ctrl-C goes on ignoring it.
+    # One of several processes cannot stop between two steps by itself: the others would wait for it.
     main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if not main or distributed.is_initialized() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield interrupted
         return
     signal.signal(signal.SIGINT, note)

@@ -6,6 +6,8 @@
     channel_statistics               minimum, maximum, mean, standard deviation and variance of each channel
     predictions, misclassified       what a model says of a whole loader, and where it is wrong
     predict                          the classes that a model sees in raw pictures
+    calibration                      whether a model is right as often as it says
+    grad_cam                         where in an image a model saw its class
     set_seed                         one seed for Python, NumPy and torch
 """
 
@@ -25,6 +27,7 @@ from openpyxl import Workbook
 from openpyxl.styles import Alignment, Font, PatternFill
 from openpyxl.utils import get_column_letter
 from torch import fx, nn
+from torch.nn import functional as F
 from torch.fx.passes.shape_prop import ShapeProp
 
 
@@ -394,3 +397,51 @@ def predict(model: nn.Module, images, transform, classes, top_k: int = 3) -> lis
         )
     top = probabilities.topk(top_k)
     return [[(classes[c], p) for p, c in zip(*pair)] for pair in zip(top.values.tolist(), top.indices.tolist())]
+
+
+def calibration(targets: torch.Tensor, probabilities: torch.Tensor, bins: int = 10) -> tuple[list[dict[str, float]], float]:
+    """Whether the model is right as often as it says, by its confidence, the probability of the class that it names.
+
+    Args:
+        targets, probabilities: as `predictions` gives them.
+        bins: into how many parts of equal width [0, 1] is divided.
+
+    Returns:
+        A dict for each bin that is not empty: count, confidence and accuracy (means over its images, in [0, 1]); and
+        the expected calibration error, the mean of their difference over all images, in [0, 1] (Guo et al. 2017, On
+        Calibration of Modern Neural Networks, arXiv:1706.04599).
+    """
+    confidence, named = probabilities.double().max(1)
+    right = (named == targets).double()
+    place = (confidence * bins).long().clamp(max=bins - 1)
+    rows = [
+        {"count": len(inside), "confidence": confidence[inside].mean().item(), "accuracy": right[inside].mean().item()}
+        for inside in ((place == i).nonzero().flatten() for i in range(bins))
+        if len(inside)
+    ]
+    return rows, sum(row["count"] * abs(row["confidence"] - row["accuracy"]) for row in rows) / len(targets)
+
+
+def grad_cam(model: nn.Module, layer: str, images: torch.Tensor, classes: list[int] | None = None) -> torch.Tensor:
+    """Where the maps of a layer speak for a class: Selvaraju et al. 2017, Grad-CAM, arXiv:1610.02391.
+
+    The model stays as it is, gradients and mode included.
+
+    Args:
+        model: images (N, C, H, W) to logits (N, classes).
+        layer: the dotted name of a module of it whose output is (N, channels, h, w).
+        images: float (N, C, H, W), as the model takes them.
+        classes: a class for each image; the ones that the model names where it is None.
+
+    Returns:
+        float32 (N, H, W) on the CPU, in [0, 1], 1 at the largest of each image; zeros where nothing speaks for it.
+    """
+    probe, images, maps = _probe(model), images.cpu().float(), []
+    probe.get_submodule(layer).register_forward_hook(lambda module, inputs, output: maps.append(output))
+    with torch.enable_grad():
+        logits = probe(images)
+        chosen = logits.argmax(1) if classes is None else torch.tensor(classes)
+        (slope,) = torch.autograd.grad(logits.gather(1, chosen[:, None]).sum(), maps)
+    heat = (slope.mean((2, 3), keepdim=True) * maps[0]).sum(1, keepdim=True).relu().detach()
+    heat = F.interpolate(heat, images.shape[2:], mode="bilinear")[:, 0]
+    return heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-12)

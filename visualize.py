@@ -1,4 +1,4 @@
-"""Figures from plain arrays and lists: samples, augmentations, history, mistakes, confusions.
+"""Figures from plain arrays and lists: samples, augmentations, history, mistakes, confusions, calibration, predictions.
 
 Every `plot_` function returns a `matplotlib.figure.Figure`, at most about 9 inches wide, 150 dots an inch,
 no text under 8 points: legible when a page shows it 830 pixels wide. As the last expression of a notebook
@@ -178,13 +178,14 @@ def plot_misclassified(images, targets, predictions, confidences, classes, note=
     return figure
 
 
-def plot_predictions(images, truths, answers, note=""):
+def plot_predictions(images, truths, answers, heat=None, note=""):
     """Images side by side; above each what it is, under it its most probable classes as bars.
 
     Args:
         images: uint8 array (K, H, W, 3), RGB, K from 1 to about 7.
         truths: K captions: the true classes, or the pictures' names.
         answers: for each image a list of (class name, probability in [0, 1]), as `predict` gives them.
+        heat: float array (K, h, w) in [0, 1], as `grad_cam` gives it: each image once more, with that laid over it.
 
     Raises:
         ValueError: a wrong shape, dtype or length.
@@ -193,19 +194,85 @@ def plot_predictions(images, truths, answers, note=""):
     if not len(images) == len(truths) == len(answers) > 0:
         found = f"{len(images)}, {len(truths)} and {len(answers)}"
         raise ValueError(f"expected as many images as truths and answers, at least one, found {found}; pass all of them")
-    longest = max(map(len, answers))
-    figure = _figure(max(5, 1.5 * len(images)), 2.1 + 0.2 * longest, "Predictions and their probabilities", note)
-    pictures, charts = figure.subplots(2, len(images), squeeze=False, height_ratios=[1.3, 0.2 * longest])
-    for picture, chart, image, truth, answer in zip(pictures, charts, images, truths, answers):
-        picture.imshow(image, interpolation="nearest")
-        picture.set_title(truth, fontsize=SMALL, weight="bold")
+    if heat is not None and (np.ndim(heat) != 3 or len(heat) != len(images)):
+        raise ValueError(f"heat: expected ({len(images)}, h, w), found {np.shape(heat)}; pass one map for each image")
+    longest, looks = max(map(len, answers)), 1 if heat is None else 2
+    figure = _figure(max(5, 1.5 * len(images)), 0.8 + 1.3 * looks + 0.2 * longest, "Predictions and their probabilities", note)
+    *pictures, charts = figure.subplots(1 + looks, len(images), squeeze=False, height_ratios=[1.3] * looks + [0.2 * longest])
+    for k, (chart, image, truth, answer) in enumerate(zip(charts, images, truths, answers)):
+        for look in range(looks):
+            pictures[look][k].imshow(image, interpolation="nearest")
+        pictures[0][k].set_title(truth, fontsize=SMALL, weight="bold")
+        if heat is not None:
+            frame = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
+            pictures[1][k].imshow(heat[k], cmap="inferno", alpha=0.5, vmin=0, vmax=1, extent=frame, interpolation="bilinear")
         chart.barh(range(len(answer)), [probability for _, probability in answer], color="#9ECAE1", height=0.85)
         for row, (name, probability) in enumerate(answer):
             chart.text(0.03, row, f"{name} {100 * probability:.1f} %", va="center", fontsize=SMALL)
         chart.set(xlim=(0, 1), ylim=(longest - 0.5, -0.5))
-        for axes in (picture, chart):
+        for axes in (chart, *(row[k] for row in pictures)):
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
+    return figure
+
+
+def plot_reliability(bins, error, note=""):
+    """How often the model is right, by how sure it is, beside how often it is that sure.
+
+    Args:
+        bins: dicts of confidence and accuracy (means, in [0, 1]) and count, one a bin of the confidence, at least one.
+        error: the expected calibration error, in [0, 1].
+
+    Raises:
+        ValueError: no bins.
+    """
+    if not bins:
+        raise ValueError("bins: expected at least one, found none; pass what calibration() gives")
+    confidence, accuracy, count = (np.array([row[key] for row in bins]) for key in ("confidence", "accuracy", "count"))
+    figure = _figure(9, 3.6, f"Calibration: expected error {100 * error:.1f} points", note)
+    left, right = figure.subplots(1, 2)
+    left.plot([0, 100], [0, 100], color="#777777", ls="--", lw=1.5, label="as sure as right")
+    left.plot(100 * confidence, 100 * accuracy, "o-", color=BLUE, ms=5, lw=1.5, label="the model")
+    left.set_ylabel("correct (%)", fontsize=MEDIUM)
+    left.set(xlim=(0, 100), ylim=(0, 100))
+    left.legend(fontsize=SMALL)
+    right.bar(100 * confidence, 100 * count / count.sum(), width=5, color=BLUE)
+    right.set_ylabel("share of the images (%)", fontsize=MEDIUM)
+    right.set_xlim(0, 103)
+    for axes in (left, right):
+        axes.set_xlabel("confidence (%)", fontsize=MEDIUM)
+        axes.tick_params(labelsize=SMALL)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def plot_robustness(clean, damaged, note=""):
+    """The accuracy by kind and strength of damage to the images, a panel a kind, the strengths from mild to strong.
+
+    Args:
+        clean: the accuracy on the images as they are, in percent.
+        damaged: dict, kind of damage to a dict of strength (text) to accuracy in percent; at least one of each.
+
+    Raises:
+        ValueError: no damage, or a kind without strengths.
+    """
+    if not damaged or not all(damaged.values()):
+        raise ValueError("damaged: expected strengths for each kind of damage, found none; pass {kind: {strength: accuracy}}")
+    figure = _figure(9, 3.2, f"Accuracy on damaged test images: {clean:.2f} % without damage", note)
+    panels = figure.subplots(1, len(damaged), squeeze=False, sharey=True)[0]
+    for axes, (kind, accuracies) in zip(panels, damaged.items()):
+        axes.axhline(clean, color="#777777", ls="--", lw=1.5)
+        axes.plot(range(len(accuracies)), list(accuracies.values()), "o-", color=VERMILION, ms=5, lw=1.5)
+        for place, accuracy in enumerate(accuracies.values()):  # above and to the right: the curve falls
+            axes.annotate(f"{accuracy:.1f}", (place, accuracy), (1, 5), textcoords="offset points", fontsize=SMALL)
+        axes.set_xticks(range(len(accuracies)), list(accuracies), fontsize=SMALL)
+        axes.set_title(kind, fontsize=MEDIUM)
+        axes.set(xlim=(-0.3, len(accuracies) - 0.3), ylim=(0, 105))
+        axes.tick_params(labelsize=SMALL)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("accuracy (%)", fontsize=MEDIUM)
     return figure
 
 

@@ -1,16 +1,22 @@
 """The README says nothing that a recorded run did not produce, and its snippets work."""
 
 import csv
+import hashlib
+import pickle
 import re
+import sys
+from types import ModuleType, SimpleNamespace
 from urllib.parse import unquote
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_notebook import text_of
+from torchvision.datasets import CIFAR100
 
 import training_utils
 from dataset import ASSETS, AlbumentationsCIFAR10, BatchLoader
@@ -34,12 +40,49 @@ def test_exactly_two_set_up_commands():
     assert commands == ["make notebook", "make test"]
 
 
-def test_snippets_run(monkeypatch, capsys):
+@pytest.fixture
+def small_cifar100(tmp_path, monkeypatch):
+    """torchvision's own CIFAR100, reading files of its format with 300 random images each in place of the published ones."""
+    folder = tmp_path / CIFAR100.base_folder
+    folder.mkdir()
+    files, rng = {}, np.random.default_rng(0)
+    for name in ("train", "test"):
+        labels = np.arange(300) % 100
+        files[name] = pickle.dumps({"data": rng.integers(0, 256, (300, 3072), np.uint8), "fine_labels": labels.tolist()})
+    files["meta"] = pickle.dumps({"fine_label_names": [f"class {i}" for i in range(100)]})
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", md5["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", md5["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": md5["meta"]})
+    original = CIFAR100.__init__
+    monkeypatch.setattr(CIFAR100, "__init__", lambda self, root, train, download: original(self, tmp_path, train))
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """What the snippets for TensorBoard and Weights & Biases log: neither is installed here."""
+    written = []
+    board, wandb = ModuleType("torch.utils.tensorboard"), ModuleType("wandb")
+    board.SummaryWriter = lambda folder: SimpleNamespace(add_scalar=lambda name, value, step: written.append((name, value, step)))
+    wandb.init, wandb.log = lambda project: None, written.append
+    monkeypatch.setitem(sys.modules, board.__name__, board)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    return written
+
+
+def test_snippets_run(monkeypatch, capsys, small_cifar100, logged):
     monkeypatch.chdir(REPOSITORY)
     assert len(blocks("python")) >= 2
     names = {}
     for snippet in blocks("python"):
         exec(compile(snippet, "README.md", "exec"), names)
+        if "log = " in snippet:
+            names["log"]({"epoch": 1, "test_loss": 0.5})
+    assert logged == [("epoch", 1, 1), ("test_loss", 0.5, 1), {"epoch": 1, "test_loss": 0.5}]
+    assert names["hundred"](torch.zeros(2, 3, 32, 32)).shape == (2, 100)
+    assert names["statistics"]["mean"] == pytest.approx((0.5, 0.5, 0.5), abs=0.01)
     assert names["net"](torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     assert names["history"][-1]["test_accuracy"] > 70  # of 100 cats and dogs
 
