@@ -130,6 +130,56 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+class Muon(torch.optim.Optimizer):
+    """Steps of one size in every direction: the momentum of each filter bank is made orthogonal before it is applied.
+
+    After K. Jordan's Muon (kellerjordan.github.io/posts/muon, 2024) as airbench uses it on CIFAR-10: for convolutions
+    that a batch norm follows, to which the scale of their weights does not matter, so each bank is kept at the norm
+    sqrt(filters). What else a network has, in groups with `orthogonal=False`, takes plain SGD with Nesterov momentum.
+
+    Args:
+        groups: parameters, or dicts of params with options of their own; those of orthogonal ones have 2 dimensions or more.
+        lr: the step, as a share of the weights for orthogonal groups.
+        momentum: in [0, 1).
+        weight_decay: added to the gradient; nothing that matters to orthogonal groups.
+    """
+
+    def __init__(self, groups: Iterable, lr: float, momentum: float = 0.6, weight_decay: float = 0.0, orthogonal: bool = True):
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "orthogonal": orthogonal})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            updates = []
+            for p in parameters:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                gradient = p.grad.add(p, alpha=group["weight_decay"])
+                momentum.mul_(group["momentum"]).add_(gradient)
+                updates.append(gradient.add(momentum, alpha=group["momentum"]))
+            if group["orthogonal"]:
+                updates = orthogonal(updates)
+                for p in parameters:
+                    p.mul_(len(p) ** 0.5 / p.norm())
+            for p, update in zip(parameters, updates):
+                p.add_(update, alpha=-group["lr"])
+
+
+def orthogonal(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Each as a matrix (first dimension, the others), all its singular values brought near 1 by Newton-Schulz steps."""
+    result = list(tensors)
+    for shape in {tensor.shape: None for tensor in tensors}:  # those of one shape together: on a GPU each call costs time
+        places = [i for i, tensor in enumerate(tensors) if tensor.shape == shape]
+        x = torch.stack([tensors[i].flatten(1) for i in places])
+        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        for _ in range(5):
+            square = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x  # K. Jordan's coefficients
+        for i, matrix in zip(places, x):
+            result[i] = matrix.view(shape)
+    return result
+
+
 # ---------------------------------------------------------------- several processes
 
 

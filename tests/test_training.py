@@ -12,7 +12,7 @@ import dataset
 import training_utils
 from dataset import ASSETS, AlbumentationsCIFAR10, BatchLoader, train_transform
 from model import Net
-from training_utils import compiled, fit, train
+from training_utils import Muon, compiled, fit, train
 
 TRAIN_LINE = r"Train: Loss=\d+\.\d{4} Batch_id=%d Accuracy=\d+\.\d\d: 100%%\|██████████\| %d/%d \[\d\d:\d\d<00:00, +[\d.]+(it/s|s/it)\]"
 TEST_LINE = r"Test set: Average loss: \d+\.\d{4}, Accuracy: \d+/%d \(\d+\.\d\d%%\)"
@@ -151,3 +151,21 @@ def test_an_empty_loader_is_said():
     model = Scores()
     with pytest.raises(ValueError, match="at least one batch"):
         fit(model, [], [], torch.optim.SGD(model.parameters(), lr=0.1), epochs=1)
+
+
+def test_muon_makes_steps_orthogonal_and_keeps_the_norm_and_is_sgd_for_the_rest():
+    torch.manual_seed(0)
+    bank, vector = torch.nn.Parameter(torch.randn(40, 40, 3, 3)), torch.nn.Parameter(torch.randn(7))
+    twin = torch.nn.Parameter(vector.detach().clone())
+    rest = {"params": [vector], "lr": 0.2, "momentum": 0.9, "weight_decay": 0.01, "orthogonal": False}
+    muon = Muon([{"params": [bank]}, rest], lr=0.1)
+    sgd = torch.optim.SGD([twin], lr=0.2, momentum=0.9, nesterov=True, weight_decay=0.01)
+    for _ in range(5):
+        before = bank.detach() * 40**0.5 / bank.detach().norm()
+        bank.grad, vector.grad = torch.randn_like(bank), torch.randn_like(vector)
+        twin.grad = vector.grad.clone()
+        muon.step()
+        sgd.step()
+        stretch = torch.linalg.svdvals((before - bank.detach()).flatten(1) / 0.1)
+        assert 0.6 < stretch.min() and stretch.max() < 1.3  # Jordan's steps end near 1, not at it
+        torch.testing.assert_close(vector, twin)

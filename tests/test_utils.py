@@ -22,7 +22,9 @@ from model import Net
 from utils import (
     COLUMNS,
     HEADER,
+    calibration,
     channel_statistics,
+    grad_cam,
     misclassified,
     model_summary,
     predict,
@@ -318,3 +320,35 @@ def test_predict_names_the_most_probable_classes():
     ):
         with pytest.raises(ValueError, match=message):
             predict(Lookup(), images, transform, classes, top_k)
+
+
+def test_calibration_by_hand():
+    probabilities = torch.tensor([[0.95, 0.05], [0.05, 0.95], [0.15, 0.85], [1.0, 0.0]])
+    rows, error = calibration(torch.tensor([0, 0, 1, 0]), probabilities)
+    assert [row["count"] for row in rows] == [1, 3]  # 0.85 alone; 0.95 twice and 1.0, which has no bin of its own
+    assert [row["accuracy"] for row in rows] == [1, pytest.approx(2 / 3)]
+    assert rows[1]["confidence"] == pytest.approx((0.95 + 0.95 + 1) / 3)
+    assert error == pytest.approx((abs(1 - 0.85) + abs(2 - 2.9)) / 4)
+
+
+def test_grad_cam_is_hot_where_the_class_was_seen_and_leaves_the_model_alone():
+    class Corners(nn.Module):
+        """Class 0 counts what is bright, class 1 what is dark."""
+
+        def __init__(self):
+            super().__init__()
+            self.map, self.norm = nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1)
+            nn.init.ones_(self.map.weight)
+
+        def forward(self, x):
+            bright = self.norm(self.map(x)).mean((1, 2, 3))
+            return torch.stack([bright, -bright], 1)
+
+    model, images = Corners().train(), -torch.ones(2, 1, 8, 8)
+    images[:, :, 1, 5] = 100.0
+    heat = grad_cam(model, "map", images, [0, 1])
+    assert heat.shape == (2, 8, 8) and heat.dtype == torch.float32
+    assert heat[0].argmax() == 1 * 8 + 5 and heat[0].max() == 1 and (heat[0] > 0).sum() == 1
+    assert heat[1, 1, 5] == 0 and (heat[1] == 1).sum() == 63
+    assert torch.equal(grad_cam(model, "map", images), heat[:1].expand(2, -1, -1))  # the class that it names
+    assert model.training and model.norm.running_mean == 0 and model.map.weight.grad is None and not model.map._forward_hooks

@@ -16,6 +16,9 @@ from visualize import (
     plot_confusion_matrix,
     plot_history,
     plot_misclassified,
+    plot_predictions,
+    plot_reliability,
+    plot_robustness,
     plot_samples,
 )
 
@@ -149,6 +152,30 @@ def test_misclassified_captions(count):
     assert any("every image was classified correctly" in text for text in words(figure)) == (count == 0)
 
 
+def test_predictions_show_the_picture_as_it_is_and_under_its_heat():
+    answers = [[("bird", 0.9), ("airplane", 0.05)]]
+    heat = np.zeros((1, 2, 2))
+    plain_picture = where(pixels(plot_predictions(plain(RED), ["a bird"], answers)), RED)
+    figure = plot_predictions(plain(RED), ["a bird"], answers, heat)
+    assert {"a bird", "bird 90.0 %", "airplane 5.0 %"} <= set(words(figure))
+    (picture,), (heated,) = [axes[:1] for axes in (figure.axes[:1], figure.axes[1:2])]
+    assert len(picture.get_images()) == 1 and len(heated.get_images()) == 2
+    assert heated.get_images()[1].get_extent() == heated.get_images()[0].get_extent()  # the map covers all of the picture
+    rows, columns = where(pixels(figure), RED)
+    assert len(columns) == pytest.approx(len(plain_picture[1]), rel=0.1) and len(rows) == pytest.approx(len(columns), abs=2)
+
+
+def test_reliability_and_robustness_draw_their_numbers():
+    bins = [{"count": 1, "confidence": 0.35, "accuracy": 0.5}, {"count": 3, "confidence": 0.95, "accuracy": 0.9}]
+    figure = plot_reliability(bins, 0.042)
+    curve, bars = figure.axes
+    assert curve.get_lines()[1].get_xydata() == pytest.approx(np.array([[35, 50], [95, 90]]))
+    assert [bar.get_height() for bar in bars.patches] == [25, 75] and "4.2 points" in figure.get_suptitle()
+    figure = plot_robustness(90.1, {"blur": {"1": 80.0, "2": 9.5}, "shift": {"4": 89.0}})
+    assert [axes.get_title() for axes in figure.axes] == ["blur", "shift"]
+    assert list(figure.axes[0].get_lines()[1].get_ydata()) == [80.0, 9.5] and {"80.0", "9.5", "89.0"} <= set(words(figure))
+
+
 FIGURES = {
     "samples": lambda **note: plot_samples(plain(RED), [0], CLASSES, **note),
     "augmentations": lambda **note: plot_augmentations(plain(RED)[0], {"flip": plain(RED)}, **note),
@@ -156,6 +183,9 @@ FIGURES = {
     "misclassified": lambda **note: plot_misclassified(plain(RED), [0], [1], [0.5], CLASSES, **note),
     "none misclassified": lambda **note: plot_misclassified([], [], [], [], CLASSES, **note),
     "confusion matrix": lambda **note: plot_confusion_matrix([0], [1], CLASSES, **note),
+    "predictions": lambda **note: plot_predictions(plain(RED), ["a bird"], [[("bird", 0.9)]], np.zeros((1, 4, 4)), **note),
+    "reliability": lambda **note: plot_reliability([{"count": 1, "confidence": 0.9, "accuracy": 0.8}], 0.1, **note),
+    "robustness": lambda **note: plot_robustness(90.1, {"blur": {"1": 80.0, "2": 9.5}}, **note),
 }
 
 
@@ -192,6 +222,9 @@ def test_note_ends_the_title_and_all_text_lies_inside(name):
         (lambda: plot_misclassified(plain(RED), [0], [0.9], [0.5], CLASSES), "predictions: expected 1 int.*float64"),
         (lambda: plot_confusion_matrix([0, 1], [0], CLASSES), "predictions: expected 2 integers"),
         (lambda: plot_confusion_matrix([], [], CLASSES), "targets: expected at least one"),
+        (lambda: plot_predictions(plain(RED), ["a"], [[("b", 1.0)]], np.zeros((2, 4, 4))), r"heat: expected \(1, h, w\), found \(2"),
+        (lambda: plot_reliability([], 0.0), "bins: expected at least one"),
+        (lambda: plot_robustness(90.0, {"blur": {}}), "damaged: expected strengths"),
     ],
 )
 def test_wrong_input_is_named_in_one_line(call, message):
