@@ -52,6 +52,7 @@ CHANGES = {
     "Muon, rate 0.1": {"optimizer": "Muon", "muon_rate": 0.1},
     "Muon, rate 0.2": {"optimizer": "Muon", "muon_rate": 0.2},
     "Muon, rate 0.05": {"optimizer": "Muon", "muon_rate": 0.05},
+    "Muon, rate 0.025": {"optimizer": "Muon", "muon_rate": 0.025},
     "Muon, rate 0.1, warm-up 0.05": {"optimizer": "Muon", "muon_rate": 0.1, "warm_up": 0.05},
     "Muon, rate 0.1, momentum 0.9": {"optimizer": "Muon", "muon_rate": 0.1, "momentum": 0.9},
     "Muon, rate 0.1, no cutout": {
