@@ -24,7 +24,7 @@ from model import Net
 from training_utils import fit
 from utils import set_seed
 
-# The notebook's recipe. Every other row of CHANGES is this one with the given differences.
+# The recipe of the first 100 epochs recorded (90.10 %). Every other row of CHANGES is this one with the given differences.
 BASE = dict(batch=256, rate=0.2, warm_up=0.2, shape="linear", decay=5e-4, smoothing=0.05, average=0.995, dropout=0.0)
 CHANGES = {
     "base": {},

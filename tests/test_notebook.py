@@ -15,7 +15,7 @@ from conftest import REPOSITORY
 from jupyter_client.manager import start_new_kernel
 from safetensors.torch import load_file
 
-FIGURES = 6
+FIGURES = 9
 
 
 def text_of(cell) -> str:
@@ -67,7 +67,8 @@ def test_committed_notebook_is_one_complete_run_on_the_full_data():
     assert f"{float(history[-1]['test_accuracy']):.2f} % on test after {len(history)} epochs" in printed.splitlines()[-1]
 
 
-PICTURES = ["augmentation.png", "confusion_matrix.png", "misclassified.png", "training_logs.png"]
+PICTURES = ["augmentation", "confusion_matrix", "grad_cam", "misclassified", "reliability", "robustness", "training_logs"]
+PICTURES = [f"{name}.png" for name in PICTURES]
 
 
 @pytest.fixture(scope="module")
@@ -187,13 +188,16 @@ def test_the_stop_button_keeps_the_finished_epochs(clone):
         manager.shutdown_kernel(now=True)
 
 
-def test_notebook_runs_as_a_script(clone):
-    subprocess.run([sys.executable, "-m", "nbconvert", "--to", "script", "S8.ipynb"], cwd=clone, check=True, capture_output=True)
-    script = (clone / "S8.py").read_text()
-    assert "get_ipython" not in script
-    for name, value in {"EPOCHS": 1, "BATCH_SIZE": 500, "DATA": '"sample"'}.items():
-        script = re.sub(rf"(?m)^{name} = .*$", f"{name} = {value}", script)
-    (clone / "S8.py").write_text(script)
-    done = subprocess.run([sys.executable, "S8.py"], cwd=clone, capture_output=True, text=True, timeout=300)
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]])
+def test_notebook_runs_as_a_script_on_one_process_or_two(clone, launcher):
+    options = ["DATA=sample", "EPOCHS=1", "BATCH_SIZE=500", "RESUME=false"]
+    assert run_notebook(clone, "--script", *options).returncode == 0
+    assert "get_ipython" not in (clone / "S8.py").read_text()
+    before = digests(clone / "assets")
+    shutil.rmtree(clone / "runs", ignore_errors=True)
+    done = subprocess.run([sys.executable, *launcher, "S8.py"], cwd=clone, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "embedded sample of 2,500 images" in done.stdout.splitlines()[-1]
+    assert len(re.findall(r"Test set: .*/500 \(", done.stdout)) == 1  # one process prints, of all the test images
+    assert sorted(path.name for path in (clone / "runs/sample").iterdir()) == sorted([*PICTURES, "history.csv", "net.pt", "net.safetensors"])
+    assert digests(clone / "assets") == before
