@@ -21,7 +21,7 @@ from torch import nn
 from dataset import MEAN, STD, AlbumentationsCIFAR10, AlbumentationsImages, BatchLoader, BatchTransform
 from dataset import find_cifar10, test_transform, train_transform
 from model import Net
-from training_utils import fit
+from training_utils import Muon, fit
 from utils import set_seed
 
 # The recipe of the first 100 epochs recorded (90.10 %). Every other row of CHANGES is this one with the given differences.
@@ -63,39 +63,6 @@ CHANGES = {
 }
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum, its matrix for each filter bank made orthogonal, weights kept at one norm: after K. Jordan's airbench, 2024.
-
-    For convolutions that a batch norm follows, which do not care for the scale of their weights. A group without
-    `orthogonal` is plain SGD with Nesterov momentum.
-    """
-
-    def __init__(self, groups: list[dict]):
-        super().__init__(groups, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "orthogonal": False})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                gradient = p.grad.add(p, alpha=group["weight_decay"])
-                momentum.mul_(group["momentum"]).add_(gradient)
-                update = gradient.add(momentum, alpha=group["momentum"])
-                if group["orthogonal"]:
-                    p.mul_(len(p) ** 0.5 / p.norm())
-                    update = orthogonal(update.flatten(1)).view_as(p)
-                p.add_(update, alpha=-group["lr"])
-
-
-def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """About U V^T of the matrix U S V^T, rows no more than columns: five Newton-Schulz steps."""
-    matrix = matrix / (matrix.norm() + 1e-7)
-    for _ in range(5):
-        square = matrix @ matrix.T
-        matrix = 3.4445 * matrix + (-4.7750 * square + 2.0315 * square @ square) @ matrix
-    return matrix
-
-
 class Alternating(BatchTransform):
     """Each image is flipped in every other epoch, a half of them in the even ones (airbench)."""
 
@@ -134,12 +101,12 @@ def run(change: dict, seed: int, epochs: int, root: Path, device: torch.device) 
     if recipe.get("optimizer") == "AdamW":
         optimizer = torch.optim.AdamW(groups, lr=recipe["rate"], fused=True)
     elif recipe.get("optimizer") == "Muon":
-        banks = [m.weight for name, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1 and name != "classifier"]
-        others = [p for p in convolutions if not any(p is bank for bank in banks)]
-        groups[0]["params"] = others
-        for group in groups:
-            group["lr"] = recipe["rate"]
-        optimizer = Muon([{"params": banks, "orthogonal": True, "lr": recipe["muon_rate"], "momentum": recipe.get("momentum", 0.6)}, *groups])
+        names = [name for name, p in net.named_parameters() if p.ndim > 1]
+        single = ["depthwise" in name or "classifier" in name for name in names]
+        groups[0]["params"] = [p for p, alone in zip(convolutions, single) if alone]
+        sgd = [group | {"lr": recipe["rate"], "momentum": 0.9, "orthogonal": False} for group in groups]
+        banks = [p for p, alone in zip(convolutions, single) if not alone]
+        optimizer = Muon([{"params": banks}, *sgd], lr=recipe["muon_rate"], momentum=recipe.get("momentum", 0.6))
     else:
         optimizer = torch.optim.SGD(groups, lr=recipe["rate"], momentum=0.9, nesterov=True, fused=True)
     steps = epochs * len(loaders[0])
