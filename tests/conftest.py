@@ -1,11 +1,18 @@
 """What the tests share. All pass without the full CIFAR-10; those that look at it say so where they are skipped."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c() -> None:
+    """Ctrl-C as in a terminal: a shell that started the tests in its background has it ignored, and some test it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ SIZE = (32, 24)  # higher than wide, so that no axis can stand in for the other
 
 # Bounds of the mean absolute difference, in the unit of the pixels: 1 is promised. Albumentations rounds each result of
 # a warp to a whole number, and cuts that of a RandomBrightnessContrast off to one.
-EXACT, NEARLY, ROUNDED, CUT_OFF = 0.0, 1e-6, 0.3, 0.6
+EXACT, NEARLY, ROUNDED, CUT_OFF = 0.0, 1e-6, 0.35, 0.6  # 0.3 with OpenCV 5, 0.33 with 4.12
 CASES = {
     "horizontal flip": (EXACT, [A.HorizontalFlip(p=0.3)]),
     "vertical flip": (EXACT, [A.VerticalFlip(p=0.7)]),

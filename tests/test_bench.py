@@ -16,6 +16,7 @@ def test_operations_of_a_training_image():
 
 
 def test_input_part_measures_five_ways_side_by_side(capsys):
+    pytest.importorskip("kornia")
     rows = bench.bench_input(AlbumentationsCIFAR10(ASSETS, transform=train_transform()), count=512, rounds=1)
     assert [row["part"] for row in rows] == ["input"] * 5 and rows[0]["ratio"] == 1
     assert all(row["ratio"] == row["value"] / rows[0]["value"] > 0 for row in rows)

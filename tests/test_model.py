@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from conftest import REPOSITORY
@@ -97,6 +96,7 @@ def in_onnx(net, inputs):
     file = io.BytesIO()
     batch = torch.export.Dim("batch", min=2)
     torch.onnx.export(net, (inputs[:2],), file, dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+    onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: inputs.numpy()})[0])
 
