@@ -1,5 +1,6 @@
 import csv
 
+import pytest
 from conftest import REPOSITORY
 
 import bench
