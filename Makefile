@@ -1,10 +1,11 @@
 # make notebook [EPOCHS=100 DATA=auto ...]   execute S8.ipynb in place; any parameter of its first code cell
-# make distributed [N=2 EPOCHS=100 ...]      train with it on N processes, as many as there are GPUs, or else cores
+# make distributed [N=2 EPOCHS=100 ...]      train with it on N processes, a GPU each, or a share of the cores
 # make test                                  pass the tests
 # make bench                                 measure the speed of every part beside what others use
 # make soak                                  kill runs, break servers and mutate files for twenty minutes
 
 PYTHON ?= python3
+N ?= 2
 # The parameters are the variables given on make's command line, whatever they are called: the notebook refuses unknown ones.
 PARAMETERS = $(filter-out PYTHON=%,$(MAKEOVERRIDES))
 
@@ -13,7 +14,7 @@ notebook: .venv/installed
 
 distributed: .venv/installed
 	@.venv/bin/python run_notebook.py --script $(filter-out N=%,$(PARAMETERS))
-	@.venv/bin/torchrun --nproc-per-node=$(or $(N),auto) S8.py
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(nproc) + $(N) - 1) / $(N) ))} .venv/bin/torchrun --nproc-per-node=$(N) S8.py
 
 test: .venv/installed
 	@.venv/bin/python -m pytest

@@ -623,7 +623,8 @@ class BatchLoader:
     epoch, by (seed, epoch); a last batch of a single image, which batch norm cannot train on, is left out then.
 
     Of several `processes`, this one, `rank`, gets every so many-th image of each batch, augmented as one process alone
-    would have it. Shuffled, all get the same number: the last batch is cut to what they can share.
+    would have it. Shuffled, all get the same number: the last batch is cut to what they can share, and left out where
+    that is a single image each.
 
     Raises ValueError for a batch size below 1 or, shuffled, one that the processes cannot share equally.
     """

@@ -71,7 +71,10 @@ def precision(device: torch.device) -> torch.dtype:
         return min(times)
 
     # A clear difference, as it is where there is one: two runs on one machine shall not choose differently.
-    return torch.bfloat16 if seconds(torch.bfloat16) < 0.7 * seconds(torch.float32) else torch.float32
+    faster = torch.tensor(seconds(torch.bfloat16) < 0.7 * seconds(torch.float32))
+    if distributed.is_initialized():  # nor two processes of one run
+        distributed.broadcast(faster, 0)
+    return torch.bfloat16 if faster else torch.float32
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -100,7 +103,7 @@ def compiled(model: nn.Module, images: torch.Tensor) -> Callable[[torch.Tensor],
     fast = torch.compile(model, dynamic=False)
     start = time.perf_counter()
     try:
-        with torch.random.fork_rng(), torch.set_grad_enabled(model.training):
+        with torch.random.fork_rng([images.device] if images.is_cuda else []), torch.set_grad_enabled(model.training):
             logits = forward(fast, images)
             if model.training:
                 logits.sum().backward()
@@ -141,7 +144,7 @@ class Muon(torch.optim.Optimizer):
         groups: parameters, or dicts of params with options of their own; those of orthogonal ones have 2 dimensions or more.
         lr: the step, as a share of the weights for orthogonal groups.
         momentum: in [0, 1).
-        weight_decay: added to the gradient; nothing that matters to orthogonal groups.
+        weight_decay: this share of the weights is added to the gradient; leave it 0 for orthogonal groups.
     """
 
     def __init__(self, groups: Iterable, lr: float, momentum: float = 0.6, weight_decay: float = 0.0, orthogonal: bool = True):
@@ -153,7 +156,9 @@ class Muon(torch.optim.Optimizer):
             parameters = [p for p in group["params"] if p.grad is not None]
             updates = []
             for p in parameters:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"]
                 gradient = p.grad.add(p, alpha=group["weight_decay"])
                 momentum.mul_(group["momentum"]).add_(gradient)
                 updates.append(gradient.add(momentum, alpha=group["momentum"]))
@@ -409,6 +414,11 @@ def fit(
     for file in filter(None, (checkpoint, history_file)):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
     rank = distributed.get_rank() if distributed.is_initialized() else 0
+    if distributed.is_initialized():
+        recipes = [None] * distributed.get_world_size()
+        distributed.all_gather_object(recipes, recipe)
+        if different := [key for key in recipe if any(other.get(key) != recipe[key] for other in recipes)]:
+            raise ValueError(f"expected one run on all processes, found several by {different[0]!r}: give all the same data and options")
     found = [find_run(Path(checkpoint), recipe, resume) if checkpoint is not None and not rank else None]
     if distributed.is_initialized():
         distributed.broadcast_object_list(found)
@@ -423,9 +433,9 @@ def fit(
         print(f"Training on {processor}, in {str(precision(device)).removeprefix('torch.')}, channels-last")
     network, tested = model.train(), None
     if distributed.is_initialized() and device.type == "cuda":  # there is no such batch norm for CPUs
-        network = synchronised(model)
-    if compile and len(history) < epochs:
-        network = compiled(network, next(iter(train_loader))[0].to(device))
+        network = synchronised(model)  # and none that torch.compile is known to take
+    elif compile and len(history) < epochs:
+        network = compiled(model, next(iter(train_loader))[0].to(device))
         if device.type == "cpu":  # on a GPU the test takes too short a time to win the compiler's back
             tested = compiled(average.module.eval(), parts_of(next(iter(test_loader))[0])[0])
     if saved:

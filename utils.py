@@ -436,8 +436,13 @@ def grad_cam(model: nn.Module, layer: str, images: torch.Tensor, classes: list[i
     Returns:
         float32 (N, H, W) on the CPU, in [0, 1], 1 at the largest of each image; zeros where nothing speaks for it.
     """
-    probe, images, maps = _probe(model), images.cpu().float(), []
-    probe.get_submodule(layer).register_forward_hook(lambda module, inputs, output: maps.append(output))
+    probe, images, maps = _probe(model), images.detach().cpu().float().requires_grad_(), []  # the model may be frozen
+
+    def keep(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        maps.append(output)
+        return output.clone()  # what follows may work in place
+
+    probe.get_submodule(layer).register_forward_hook(keep)
     with torch.enable_grad():
         logits = probe(images)
         chosen = logits.argmax(1) if classes is None else torch.tensor(classes)

@@ -46,7 +46,7 @@ train_loader = Loader(sample, 200, True, device, rank, processes)
 test_loader = BatchLoader(AlbumentationsCIFAR10(ASSETS, False, test_transform()), 125, False, device, rank, processes)
 optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
 files = {"history_file": f"{folder}/history.csv", "checkpoint": f"{folder}/net.pt"}
-training_utils.fit(net, train_loader, test_loader, optimizer, epochs=EPOCHS, ema_decay=0.9, recipe={"network": network}, **files)
+training_utils.fit(net, train_loader, test_loader, optimizer, epochs=EPOCHS, ema_decay=0.9, recipe={"network": network, "data": rank * (network == "different")}, **files)
 """.replace("EPOCHS", str(EPOCHS))
 
 
@@ -137,6 +137,13 @@ def test_a_worker_that_fails_ends_the_run_with_its_traceback_and_any_number_goes
     (tmp_path / "net.pt").write_bytes(saved)
     printed, _ = finish(start(1, tmp_path, "small"))
     assert "holds 1 of 3 epochs of this run" in printed and len(history_of(tmp_path)) == EPOCHS
+
+
+def test_processes_with_different_data_are_refused(tmp_path):
+    run = start(2, tmp_path, "different")
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode != 0 and "ValueError: expected one run on all processes, found several by 'data'" in errors
+    assert not (tmp_path / "net.pt").exists()
 
 
 def test_a_worker_that_is_killed_ends_the_run(tmp_path):

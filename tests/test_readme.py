@@ -125,7 +125,9 @@ def test_ablations_are_the_recorded_runs():
     with open(ASSETS / "ablations.csv") as file:
         runs = list(csv.DictReader(file))
     assert all(run["command"].startswith("python ablations.py") and re.fullmatch("[0-9a-f]{7,}", run["commit"]) for run in runs)
-    for change in {run["change"] for run in runs}:
+    changes = {run["change"] for run in runs}
+    assert set(re.findall(r"(?m)^\| ([^|]+) \| \d\d\.\d\d % \| \d\.\d{3} \| \d+ \|$", README)) == changes
+    for change in changes:
         accuracies, losses = ([float(run[key]) for run in runs if run["change"] == change] for key in ("accuracy", "loss"))
         means = sum(accuracies) / len(accuracies), sum(losses) / len(losses)
         assert f"| {change} | {means[0]:.2f} % | {means[1]:.3f} | {len(losses)} |" in README

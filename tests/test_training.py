@@ -169,3 +169,11 @@ def test_muon_makes_steps_orthogonal_and_keeps_the_norm_and_is_sgd_for_the_rest(
         stretch = torch.linalg.svdvals((before - bank.detach()).flatten(1) / 0.1)
         assert 0.6 < stretch.min() and stretch.max() < 1.3  # Jordan's steps end near 1, not at it
         torch.testing.assert_close(vector, twin)
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in (bank, vector)]
+    resumed = Muon([{"params": [copies[0]]}, rest | {"params": [copies[1]]}], lr=0.1)
+    resumed.load_state_dict(muon.state_dict())
+    for p, copied in zip((bank, vector), copies):
+        copied.grad = p.grad.clone()
+    muon.step()
+    resumed.step()
+    assert torch.equal(bank, copies[0]) and torch.equal(vector, copies[1])
