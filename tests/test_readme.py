@@ -110,8 +110,8 @@ def test_numbers_are_the_history_s():
     reached = next(row["epoch"] for row in HISTORY if row["test_accuracy"] > 86.15)
     assert table["First epoch above 86.15 %"] == f"{reached:.0f}"
     seconds = [row["seconds"] for row in HISTORY]
-    slow = [row["epoch"] for row in HISTORY if row["seconds"] >= 36]
-    sentence = f"{len(HISTORY) - len(slow)} epochs took less than 36 s; the other {len(slow)}, among the first {slow[-1]:.0f}, took up to {max(seconds):.0f} s"
+    slow = [row["epoch"] for row in HISTORY if row["seconds"] >= 44]
+    sentence = f"{len(HISTORY) - len(slow)} epochs took less than 44 s; the other {len(slow)}, among the first {slow[-1]:.0f}, took up to {max(seconds):.0f} s"
     assert sentence in README
     own = {f"{last['test_accuracy']:.2f} %", f"{last['train_accuracy']:.2f} %", *re.findall(r"\d\d\.\d\d%", PRINTED)}
     tried = set(re.findall(r"(?m)^\| [^|]+ \| (\d\d\.\d\d %) \| \d\.\d{3} \| \d+ \|$", README))

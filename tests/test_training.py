@@ -171,7 +171,7 @@ def test_muon_makes_steps_orthogonal_and_keeps_the_norm_and_is_sgd_for_the_rest(
         torch.testing.assert_close(vector, twin)
     copies = [torch.nn.Parameter(p.detach().clone()) for p in (bank, vector)]
     resumed = Muon([{"params": [copies[0]]}, rest | {"params": [copies[1]]}], lr=0.1)
-    resumed.load_state_dict(muon.state_dict())
+    resumed.load_state_dict(copy.deepcopy(muon.state_dict()))
     for p, copied in zip((bank, vector), copies):
         copied.grad = p.grad.clone()
     muon.step()
