@@ -424,7 +424,8 @@ def fit(
         distributed.broadcast_object_list(found)
     saved, own_seed = found[0], torch.initial_seed()
     history = saved["history"] if saved else []
-    if history and history_file is not None and not rank:  # a run that was killed may have saved an epoch that it did not write there
+    # A run that was killed may have saved an epoch that it did not write to the history.
+    if history and history_file is not None and not rank:
         write_history(history, history_file)
     if len(history) < epochs:
         processor = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

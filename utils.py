@@ -27,8 +27,8 @@ from openpyxl import Workbook
 from openpyxl.styles import Alignment, Font, PatternFill
 from openpyxl.utils import get_column_letter
 from torch import fx, nn
-from torch.nn import functional as F
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn import functional as F
 
 
 def set_seed(seed: int) -> None:
