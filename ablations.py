@@ -26,6 +26,9 @@ from utils import set_seed
 
 # The recipe of the first 100 epochs recorded (90.10 %). Every other row of CHANGES is this one with the given differences.
 BASE = dict(batch=256, rate=0.2, warm_up=0.2, shape="linear", decay=5e-4, smoothing=0.05, average=0.995, dropout=0.0)
+MUON = {"optimizer": "Muon", "muon_rate": 0.05}
+COLOUR = A.RandomBrightnessContrast(0.2, 0.2, p=0.5)
+AFFINE = A.Affine(scale=(0.9, 1.1), rotate=(-10, 10), border_mode=cv2.BORDER_REFLECT_101, p=0.5)
 CHANGES = {
     "base": {},
     "peak rate 0.1": {"rate": 0.1},
@@ -53,13 +56,9 @@ CHANGES = {
     "Muon, rate 0.2": {"optimizer": "Muon", "muon_rate": 0.2},
     "Muon, rate 0.05": {"optimizer": "Muon", "muon_rate": 0.05},
     "Muon, rate 0.025": {"optimizer": "Muon", "muon_rate": 0.025},
-    "Muon, rate 0.1, warm-up 0.05": {"optimizer": "Muon", "muon_rate": 0.1, "warm_up": 0.05},
-    "Muon, rate 0.1, momentum 0.9": {"optimizer": "Muon", "muon_rate": 0.1, "momentum": 0.9},
-    "Muon, rate 0.1, no cutout": {
-        "optimizer": "Muon",
-        "muon_rate": 0.1,
-        "augmentation": lambda steps: [step for step in steps if not isinstance(step, A.CoarseDropout)],
-    },
+    "Muon, rate 0.05, affine and colour": MUON | {"augmentation": lambda steps: [COLOUR, *steps[:2], AFFINE, *steps[2:]]},
+    "Muon, rate 0.05, mixup 0.2": MUON | {"mixup": 0.2},
+    "Muon, rate 0.05, batch 128": MUON | {"batch": 128, "muon_rate": 0.035, "rate": 0.14, "average": 0.9975},
 }
 
 
@@ -75,6 +74,20 @@ class Alternating(BatchTransform):
         return drawn
 
 
+class Mixed(BatchLoader):
+    """Each image of a batch mixed with the one before it, and their classes alike (Zhang et al. 2018, mixup, arXiv:1710.09412)."""
+
+    alpha = 0.0
+
+    def __iter__(self):
+        for number, (images, targets) in enumerate(super().__iter__()):
+            share = np.random.default_rng((self.seed, self.epoch, 2, number)).beta(self.alpha, self.alpha, (len(images), 1))
+            share = torch.from_numpy(share).to(images)
+            classes = nn.functional.one_hot(targets, 10).float()
+            images = torch.lerp(images.roll(1, 0), images, share[..., None, None])
+            yield images, torch.lerp(classes.roll(1, 0), classes, share)
+
+
 def run(change: dict, seed: int, epochs: int, root: Path, device: torch.device) -> dict[str, float]:
     """Train with the change, and give the last row of its history; its "test" are the images held out."""
     recipe = BASE | change
@@ -88,7 +101,9 @@ def run(change: dict, seed: int, epochs: int, root: Path, device: torch.device) 
     loaders = []
     for rows, compose in ((order[held:], transform), (order[:held], test_transform())):
         part = AlbumentationsImages(images.data[rows], [images.targets[i] for i in rows], images.classes, compose, seed)
-        loaders.append(BatchLoader(part, recipe["batch"] if not loaders else 1000, shuffle=not loaders, device=device))
+        kind = Mixed if recipe.get("mixup") and not loaders else BatchLoader
+        loaders.append(kind(part, recipe["batch"] if not loaders else 1000, shuffle=not loaders, device=device))
+    loaders[0].alpha = recipe.get("mixup")
     if recipe.get("alternate"):
         loaders[0].transform = Alternating(transform, device)
 

@@ -276,7 +276,7 @@ def train(
             after_step()
             with torch.no_grad():
                 loss_sum += F.cross_entropy(logits, targets, reduction="sum")
-                correct += (logits.argmax(1) == targets).sum()
+                correct += (logits.argmax(1) == (targets if targets.ndim == 1 else targets.argmax(1))).sum()
                 finite += (finite == batch_id) & loss_sum.isfinite()
             seen += len(targets)
             if last := batch_id + 1 == len(loader):
