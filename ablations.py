@@ -57,6 +57,7 @@ CHANGES = {
     "Muon, rate 0.05": {"optimizer": "Muon", "muon_rate": 0.05},
     "Muon, rate 0.025": {"optimizer": "Muon", "muon_rate": 0.025},
     "Muon, rate 0.05, affine and colour": MUON | {"augmentation": lambda steps: [COLOUR, *steps[:2], AFFINE, *steps[2:]]},
+    "Muon, rate 0.05, identity added": MUON | {"identity": 1.0},
     "Muon, rate 0.05, mixup 0.2": MUON | {"mixup": 0.2},
     "Muon, rate 0.05, batch 128": MUON | {"batch": 128, "muon_rate": 0.035, "rate": 0.14, "average": 0.9975},
 }
@@ -109,6 +110,10 @@ def run(change: dict, seed: int, epochs: int, root: Path, device: torch.device) 
 
     net = Net(dropout=recipe["dropout"]).to(device)
     convolutions, norms = ([p for p in net.parameters() if (p.ndim > 1) == many] for many in (True, False))
+    if recipe.get("identity"):
+        for name, module in net.named_modules():
+            if isinstance(module, nn.Conv2d) and name != "classifier":
+                module.weight.data += recipe["identity"] * nn.init.dirac_(torch.empty_like(module.weight), groups=module.groups)
     if recipe.get("orthogonal"):
         for p in convolutions:
             nn.init.orthogonal_(p, 2**0.5)
