@@ -58,6 +58,12 @@ CHANGES = {
     "Muon, rate 0.025": {"optimizer": "Muon", "muon_rate": 0.025},
     "Muon, rate 0.05, affine and colour": MUON | {"augmentation": lambda steps: [COLOUR, *steps[:2], AFFINE, *steps[2:]]},
     "Muon, rate 0.05, identity added": MUON | {"identity": 1.0},
+    "Muon, rate 0.05, identity added twice": MUON | {"identity": 2.0},
+    "Muon, rate 0.1, identity added": MUON | {"identity": 1.0, "muon_rate": 0.1},
+    "Muon, rate 0.035, identity added": MUON | {"identity": 1.0, "muon_rate": 0.035},
+    "Muon, rate 0.05, identity added, label smoothing 0.1": MUON | {"identity": 1.0, "smoothing": 0.1},
+    "Muon, rate 0.05, identity added, no cutout": MUON
+    | {"identity": 1.0, "augmentation": lambda steps: [step for step in steps if not isinstance(step, A.CoarseDropout)]},
     "Muon, rate 0.05, mixup 0.2": MUON | {"mixup": 0.2},
     "Muon, rate 0.05, batch 128": MUON | {"batch": 128, "muon_rate": 0.035, "rate": 0.14, "average": 0.9975},
 }
