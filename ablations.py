@@ -27,6 +27,7 @@ from utils import set_seed
 # The recipe of the first 100 epochs recorded (90.10 %). Every other row of CHANGES is this one with the given differences.
 BASE = dict(batch=256, rate=0.2, warm_up=0.2, shape="linear", decay=5e-4, smoothing=0.05, average=0.995, dropout=0.0)
 MUON = {"optimizer": "Muon", "muon_rate": 0.05}
+TWICE = MUON | {"identity": 2}
 COLOUR = A.RandomBrightnessContrast(0.2, 0.2, p=0.5)
 AFFINE = A.Affine(scale=(0.9, 1.1), rotate=(-10, 10), border_mode=cv2.BORDER_REFLECT_101, p=0.5)
 CHANGES = {
@@ -57,13 +58,10 @@ CHANGES = {
     "Muon, rate 0.05": {"optimizer": "Muon", "muon_rate": 0.05},
     "Muon, rate 0.025": {"optimizer": "Muon", "muon_rate": 0.025},
     "Muon, rate 0.05, affine and colour": MUON | {"augmentation": lambda steps: [COLOUR, *steps[:2], AFFINE, *steps[2:]]},
-    "Muon, rate 0.05, identity added": MUON | {"identity": 1.0},
-    "Muon, rate 0.05, identity added twice": MUON | {"identity": 2.0},
-    "Muon, rate 0.1, identity added": MUON | {"identity": 1.0, "muon_rate": 0.1},
-    "Muon, rate 0.035, identity added": MUON | {"identity": 1.0, "muon_rate": 0.035},
-    "Muon, rate 0.05, identity added, label smoothing 0.1": MUON | {"identity": 1.0, "smoothing": 0.1},
-    "Muon, rate 0.05, identity added, no cutout": MUON
-    | {"identity": 1.0, "augmentation": lambda steps: [step for step in steps if not isinstance(step, A.CoarseDropout)]},
+    "Muon, rate 0.05, identity added": MUON | {"identity": 1},
+    "Muon, rate 0.05, identity added twice": TWICE,
+    "Muon, rate 0.05, identity added twice, affine": TWICE | {"augmentation": lambda steps: [*steps[:2], AFFINE, *steps[2:]]},
+    "Muon, rate 0.05, identity added twice, momentum 0.85": TWICE | {"momentum": 0.85},
     "Muon, rate 0.05, mixup 0.2": MUON | {"mixup": 0.2},
     "Muon, rate 0.05, batch 128": MUON | {"batch": 128, "muon_rate": 0.035, "rate": 0.14, "average": 0.9975},
 }
@@ -116,10 +114,10 @@ def run(change: dict, seed: int, epochs: int, root: Path, device: torch.device) 
 
     net = Net(dropout=recipe["dropout"]).to(device)
     convolutions, norms = ([p for p in net.parameters() if (p.ndim > 1) == many] for many in (True, False))
-    if recipe.get("identity"):
-        for name, module in net.named_modules():
-            if isinstance(module, nn.Conv2d) and name != "classifier":
-                module.weight.data += recipe["identity"] * nn.init.dirac_(torch.empty_like(module.weight), groups=module.groups)
+    for name, module in net.named_modules():  # Net begins with the identity added twice
+        if isinstance(module, nn.Conv2d) and name != "classifier" and recipe.get("identity") != 2:
+            module.reset_parameters()
+            module.weight.data += recipe.get("identity", 0) * nn.init.dirac_(torch.empty_like(module.weight), module.groups)
     if recipe.get("orthogonal"):
         for p in convolutions:
             nn.init.orthogonal_(p, 2**0.5)

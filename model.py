@@ -3,7 +3,7 @@
 Every stage is four blocks in turn: a depthwise-separable convolution (depthwise 3x3, then pointwise
 1x1), two 3x3 convolutions with dilation 2, and a 3x3 convolution with stride 2 (1 in the last stage)
 that shrinks the map. Each block ends in ReLU, batch norm and dropout, in that order. No convolution
-has a bias: the batch norms carry the offsets.
+has a bias: the batch norms carry the offsets. Each but the classifier begins near the identity.
 
     stage   channels   map in    map out   parameters   receptive field at its end
     1       3 -> 32    32 x 32   16 x 16       28,027     13 px
@@ -20,6 +20,7 @@ it works.
 Depthwise-separable convolution: Howard et al. 2017, MobileNets, arXiv:1704.04861.
 Dilated convolution: Yu and Koltun 2016, arXiv:1511.07122.
 Strides in place of pooling: Springenberg et al. 2015, arXiv:1412.6806.
+Filters that begin near the identity: Zagoruyko and Komodakis 2017, DiracNets, arXiv:1706.00388.
 """
 
 from collections import OrderedDict
@@ -50,6 +51,20 @@ class Dropout(nn.Dropout):
         return x * kept.as_strided(x.shape, x.stride()) * (65536 / (65536 - dropped))
 
 
+def convolution(inputs: int, outputs: int, kernel_size: int, **kwargs) -> nn.Conv2d:
+    """One that keeps the map's size at stride 1, without bias; torch's random weights with the identity added.
+
+    Twenty convolutions follow one another without a way around them, and each adds to the rounding errors of those
+    before it: of a first batch of 100 images the gradients in bfloat16 are 51 to 57 % off those in float64 with random
+    weights alone, 15 to 16 % with the identity (median over the layers, seeds 0 to 2).
+    """
+    padding = kwargs.get("dilation", 1) * (kernel_size // 2)
+    conv = nn.Conv2d(inputs, outputs, kernel_size, padding=padding, bias=False, **kwargs)
+    with torch.no_grad():
+        conv.weight += 2 * nn.init.dirac_(torch.empty_like(conv.weight), conv.groups)
+    return conv
+
+
 def block(dropout: float, **convolutions: nn.Conv2d) -> nn.Sequential:
     """The named convolutions in turn, then ReLU, batch norm and dropout on the last one's output."""
     channels = list(convolutions.values())[-1].out_channels
@@ -65,21 +80,16 @@ def block(dropout: float, **convolutions: nn.Conv2d) -> nn.Sequential:
 
 def stage(in_channels: int, channels: int, stride: int, dropout: float) -> nn.Sequential:
     """One row of the table above: (N, in_channels, H, W) to (N, channels, ceil(H / stride), ceil(W / stride))."""
-
-    def conv3x3(inputs: int, outputs: int, **kwargs) -> nn.Conv2d:
-        # Padding equal to the dilation keeps the map's size at stride 1.
-        return nn.Conv2d(inputs, outputs, 3, padding=kwargs.get("dilation", 1), bias=False, **kwargs)
-
     return nn.Sequential(
         OrderedDict(
             separable=block(
                 dropout,
-                depthwise=conv3x3(in_channels, in_channels, groups=in_channels),
-                pointwise=nn.Conv2d(in_channels, channels, 1, bias=False),
+                depthwise=convolution(in_channels, in_channels, 3, groups=in_channels),
+                pointwise=convolution(in_channels, channels, 1),
             ),
-            dilated1=block(dropout, conv=conv3x3(channels, channels, dilation=2)),
-            dilated2=block(dropout, conv=conv3x3(channels, channels, dilation=2)),
-            transition=block(dropout, conv=conv3x3(channels, channels, stride=stride)),
+            dilated1=block(dropout, conv=convolution(channels, channels, 3, dilation=2)),
+            dilated2=block(dropout, conv=convolution(channels, channels, 3, dilation=2)),
+            transition=block(dropout, conv=convolution(channels, channels, 3, stride=stride)),
         )
     )
 

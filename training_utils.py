@@ -252,7 +252,8 @@ def train(
     `network` computes what the model does, faster (`compiled`) or for all processes (`synchronised`).
 
     Returns the mean cross-entropy (without label smoothing, so that it compares with `test`'s) and the
-    accuracy in percent over all the epoch's samples, each as the model was when it saw them.
+    accuracy in percent over all the epoch's samples, each as the model was when it saw them. Targets may be
+    probabilities (B, C), as mixup makes them; the most probable class is the right one then.
     Raises FloatingPointError for a loss that is NaN or infinite: at once on a CPU, within half a second on a GPU.
     Raises ValueError for a loader without batches.
     """

@@ -130,7 +130,7 @@ def plot_history(history, references=None, note=""):
         axes.set_ylabel(units[name], fontsize=MEDIUM)
         axes.set_xlabel("epoch", fontsize=MEDIUM)
         axes.tick_params(labelsize=SMALL)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
         if count == 1:
             axes.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)
         axes.grid(alpha=0.3)
@@ -264,8 +264,9 @@ def plot_robustness(clean, damaged, note=""):
     for axes, (kind, accuracies) in zip(panels, damaged.items()):
         axes.axhline(clean, color="#777777", ls="--", lw=1.5)
         axes.plot(range(len(accuracies)), list(accuracies.values()), "o-", color=VERMILION, ms=5, lw=1.5)
+        over = {"textcoords": "offset points", "fontsize": SMALL, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5}}
         for place, accuracy in enumerate(accuracies.values()):  # above and to the right: the curve falls
-            axes.annotate(f"{accuracy:.1f}", (place, accuracy), (1, 5), textcoords="offset points", fontsize=SMALL)
+            axes.annotate(f"{accuracy:.1f}", (place, accuracy), (3, 5), **over)
         axes.set_xticks(range(len(accuracies)), list(accuracies), fontsize=SMALL)
         axes.set_title(kind, fontsize=MEDIUM)
         axes.set(xlim=(-0.3, len(accuracies) - 0.3), ylim=(0, 105))

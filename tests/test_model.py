@@ -42,6 +42,27 @@ def test_the_names_of_the_weights_stay():
     assert list(Net().state_dict()) == [*stages, *norm, "classifier.weight"]
 
 
+def rounding_error(net, inputs, targets) -> float:
+    """How far a batch's gradients in bfloat16 are from those in float64, as a share: the median over the convolutions."""
+    found = []
+    for dtype, low in ((torch.float32, True), (torch.float64, False)):
+        net.to(dtype).zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            logits = net(inputs.to(dtype))
+        torch.nn.functional.cross_entropy(logits.to(dtype), targets).backward()
+        found.append([p.grad.double() for p in net.parameters() if p.ndim > 1])
+    return torch.stack([(rough - exact).norm() / exact.norm() for rough, exact in zip(*found)]).median().item()
+
+
+def test_gradients_survive_low_precision_from_the_first_step(images):
+    torch.manual_seed(0)
+    random = Net()
+    for module in random.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.reset_parameters()
+    assert rounding_error(Net(), *images) < 0.25 < 0.4 < rounding_error(random, *images)
+
+
 @pytest.fixture(scope="module")
 def pretrained():
     return Net.from_pretrained()
