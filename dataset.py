@@ -299,6 +299,7 @@ def train_transform(mean: Sequence[float] = MEAN, std: Sequence[float] = STD) ->
         [
             A.PadIfNeeded(40, 40, border_mode=cv2.BORDER_REFLECT_101),
             A.RandomCrop(32, 32),
+            A.Affine(scale=(0.9, 1.1), rotate=(-10, 10), border_mode=cv2.BORDER_REFLECT_101, p=0.5),
             A.HorizontalFlip(p=0.5),
             A.CoarseDropout(
                 num_holes_range=(1, 1),

@@ -61,7 +61,8 @@ CASES = {
     "brightness, contrast, limits": (CUT_OFF, [A.RandomBrightnessContrast((0.1, 0.3), (-0.7, -0.2), p=1)]),
     "normalise": (NEARLY, [A.Normalize(MEAN, STD), ToTensorV2()]),
     "normalise by numbers": (NEARLY, [A.Normalize(0.5, 0.25, max_pixel_value=200)]),
-    "train_transform": (NEARLY, train_transform().transforms),
+    # In standard deviations; beyond the crop ours sees the image go on, where Albumentations reflects what it has cut out.
+    "train_transform": (0.015, train_transform().transforms),
 }
 DRAWN = [name for name, (_, steps) in CASES.items() if name.startswith(("hor", "ver", "aff", "crop,", "dro", "brig"))]
 DRAWN += ["rotate", "rotate on colour", "shift scale rotate", "shift scale rotate, limits", "pad, crop", "pad far"]
@@ -188,11 +189,12 @@ def test_picture_follows_from_seed_epoch_and_index_alone(compose, images):
     whole = transform(batch, table)
     assert whole.shape == (len(batch), 3, 32, 32) and whole.dtype == torch.float32
     assert np.array_equal(batch, images)
+    # In standard deviations: the places of a warp are rounded by the batch, as the processor sees fit.
     for size in (1, 7, 128):
         parts = [transform(*rows) for rows in zip(batch.split(size), table.split(size))]
-        torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-4)
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(transform(batch[order], table[order]), whole[order], rtol=0, atol=1e-5)
+    torch.testing.assert_close(transform(batch[order], table[order]), whole[order], rtol=0, atol=1e-4)
     for seed, epoch in ((5, 3), (6, 2), (2, 5)):
         other = transform(batch, transform.draw(len(batch), (32, 32), seed, epoch))
         assert (other != whole).flatten(1).any(1).float().mean() > 0.9
