@@ -2,8 +2,12 @@
 
 The rows of `input`, `step` and `epoch` are measured in one process, in turn, several times; the table and
 assets/bench.csv give the median, and its ratio to the first row, the way of the project that this one grew
-from ("the seed"). `growth` runs each row in a process of its own, `predict` this repository alone. Machines differ and are noisy: ratios of one run hold better than absolutes. `python bench.py input
-step` runs single parts. assets/bench.png is drawn from the table.
+from ("the seed"). `growth` runs each row in a process of its own, `predict` this repository alone. Machines differ and
+are noisy: ratios of one run hold better than absolutes. `python bench.py input step` runs single parts.
+assets/bench.png is drawn from the table.
+
+`python bench.py accuracy` trains the seed's way for as long as the recorded run took (assets/history.csv), and writes
+assets/seed_history.csv.
 """
 
 import contextlib
@@ -169,13 +173,10 @@ def bench_input(images: AlbumentationsCIFAR10, count: int = 8192, rounds: int = 
 def training_step(batch: int, size: int = 32, way: str = "ours", device: torch.device = DEVICE) -> Callable[[], int]:
     """One training step on random images of that size, by the seed's way, plain PyTorch's, or this repository's."""
     torch.manual_seed(0)
-    net = Net(dropout=0.1 if way == "seed" else 0.0).to(device).train()
+    net = (seed_net()[0] if way == "seed" else Net()).to(device).train()
     images = torch.randn(batch, 3, size, size, device=device)
     targets = torch.randint(10, (batch,), device=device)
-    if way == "seed":
-        for module in net.modules():
-            module.__class__ = nn.Dropout if isinstance(module, Dropout) else module.__class__
-    else:
+    if way != "seed":
         net.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
     settings = {} if way == "seed" else {"nesterov": True, "fused": way == "ours"}
@@ -240,6 +241,42 @@ def bench_step() -> list[dict]:
     return report("step", values)
 
 
+def seed_loaders(images: AlbumentationsCIFAR10, tests: AlbumentationsCIFAR10) -> tuple[DataLoader, DataLoader]:
+    """The seed's: each image by itself, in two workers, batches of 1024."""
+    images = copy.copy(images)
+    images.transform = seed_transform()
+    workers = {"num_workers": 2, "persistent_workers": True, "batch_size": 1024}
+    return DataLoader(images, shuffle=True, **workers), DataLoader(tests, **workers)
+
+
+def seed_net() -> tuple[Net, torch.optim.Optimizer]:
+    """The network as the seed begins it, and its optimizer, at the rate at which its schedule begins."""
+    net = Net(dropout=0.1)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.reset_parameters()
+        module.__class__ = nn.Dropout if isinstance(module, Dropout) else module.__class__
+    net.to(DEVICE)
+    return net, torch.optim.SGD(net.parameters(), lr=0.004, momentum=0.9, weight_decay=1e-4)
+
+
+def seed_epoch(net: Net, loaders: tuple, optimizer: torch.optim.Optimizer, after_step: Callable[[], object] = lambda: None) -> float:
+    """Train and test the seed's way; the share of the test images that are right. A true `after_step()` ends the training."""
+    net.train()
+    for inputs, targets in loaders[0]:
+        loss = F.nll_loss(net(inputs.to(DEVICE)).log_softmax(1), targets.to(DEVICE))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        if after_step():
+            break
+    net.eval()
+    with torch.no_grad():
+        right = [(net(inputs.to(DEVICE)).argmax(1).cpu() == targets).sum().item() for inputs, targets in loaders[1]]
+    return sum(right) / len(loaders[1].dataset)
+
+
 def bench_epoch(images: AlbumentationsCIFAR10, tests: AlbumentationsCIFAR10, count: int = 20_480) -> list[dict]:
     """Training on the first `count` images, testing on a fifth as many; the seed's way, ten times slower, on a tenth."""
 
@@ -248,30 +285,16 @@ def bench_epoch(images: AlbumentationsCIFAR10, tests: AlbumentationsCIFAR10, cou
         part.data, part.targets = images.data[:count], images.targets[:count]
         return part
 
-    seeds = some(images, count // 10)
-    seeds.transform = seed_transform()
-    workers = {"num_workers": 2, "persistent_workers": True, "batch_size": 1024}
-    seed_loaders = DataLoader(seeds, shuffle=True, **workers), DataLoader(some(tests, count // 50), **workers)
+    seeds, (their_net, their_sgd) = seed_loaders(some(images, count // 10), some(tests, count // 50)), seed_net()
     our_loaders = [BatchLoader(some(images, count), 256, True, DEVICE), BatchLoader(some(tests, count // 5), 1000, False, DEVICE)]
-    seed_net, net = Net(dropout=0.1).to(DEVICE), Net().to(DEVICE, memory_format=torch.channels_last)
-    seed_sgd = torch.optim.SGD(seed_net.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    net = Net().to(DEVICE, memory_format=torch.channels_last)
     sgd = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, nesterov=True, fused=True)
     network = compiled(net.train(), next(iter(our_loaders[0]))[0])
     tested = compiled(net.eval(), parts_of(next(iter(our_loaders[1]))[0])[0]) if DEVICE.type == "cpu" else None
     step = training_step(256, way="compiled")
 
     def the_seeds() -> int:
-        seed_net.train()
-        for inputs, targets in seed_loaders[0]:
-            loss = F.nll_loss(seed_net(inputs.to(DEVICE)).log_softmax(1), targets.to(DEVICE))
-            seed_sgd.zero_grad()
-            loss.backward()
-            seed_sgd.step()
-            loss.item()
-        seed_net.eval()
-        with torch.no_grad():
-            for inputs, targets in seed_loaders[1]:
-                (seed_net(inputs.to(DEVICE)).argmax(1).cpu() == targets).sum().item()
+        seed_epoch(their_net, seeds, their_sgd)
         return count // 10
 
     def ours() -> int:
@@ -291,6 +314,35 @@ def bench_epoch(images: AlbumentationsCIFAR10, tests: AlbumentationsCIFAR10, cou
     # The system maps the memory that training keeps once a run: the step untimed, not once a round.
     memory = dict(zip(rows, (give_memory_back, lambda: keep_freed_memory() or step(), lambda: None)))
     return report("epoch", in_turn(rows, 2, memory), "training images/s")
+
+
+def bench_accuracy(images: AlbumentationsCIFAR10, tests: AlbumentationsCIFAR10) -> None:
+    """The seed's recipe, its one-cycle to 0.1 over as long as the recorded run took; a row an epoch, the last a part of one."""
+    with open("assets/history.csv") as file:
+        seconds = sum(float(row["seconds"]) for row in csv.DictReader(file))
+    torch.manual_seed(0)
+    (net, optimizer), loaders, parts, rows = seed_net(), seed_loaders(images, tests), 10_000, []
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, parts)
+    give_memory_back()
+    start = time.perf_counter()
+
+    def after_step() -> bool:
+        passed = time.perf_counter() - start
+        bar.update(min(round(passed), bar.total) - bar.n)
+        while scheduler.last_epoch < min(parts * passed / seconds, parts - 1):
+            scheduler.step()
+        return passed > seconds
+
+    with tqdm(total=round(seconds), desc="the seed's way", unit="s") as bar:
+        while time.perf_counter() - start < seconds:
+            accuracy = 100 * seed_epoch(net, loaders, optimizer, after_step)
+            rows.append({"epoch": len(rows) + 1, "test_accuracy": accuracy, "seconds": time.perf_counter() - start})
+            bar.set_postfix(epoch=len(rows), test=f"{accuracy:.2f} %")
+    with open("assets/seed_history.csv.partial", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace("assets/seed_history.csv.partial", "assets/seed_history.csv")
 
 
 def peak_memory() -> float:
@@ -406,8 +458,10 @@ def main(parts: list[str]) -> None:
         "growth": bench_growth,
         "predict": lambda: bench_predict(images),
     }
+    if parts == ["accuracy"]:
+        return bench_accuracy(images, tests)
     if unknown := [part for part in parts if part not in benches]:
-        sys.exit(f"expected parts of {', '.join(benches)}, found {unknown[0]}")
+        sys.exit(f"expected parts of {', '.join(benches)}, or accuracy alone, found {unknown[0]}")
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}; torch {torch.__version__}, {precision(DEVICE)}; {len(images):,} training images")
     old = []
