@@ -397,11 +397,11 @@ def fit(
     if distributed.is_initialized():
         for tensor in model.state_dict().values():
             distributed.broadcast(tensor, 0)
-    average = AveragedModel(
-        model,
-        multi_avg_fn=lambda old, new, t: get_ema_multi_avg_fn(min(ema_decay, float((1 + t) / (10 + t))))(old, new, t),
-        use_buffers=True,
-    )
+    def towards(old: list[torch.Tensor], new: list[torch.Tensor], _: torch.Tensor) -> None:
+        t = average.n_averaged  # on the CPU; torch gives it on the device too, where reading it would wait for the step
+        get_ema_multi_avg_fn(min(ema_decay, float((1 + t) / (10 + t))))(old, new, t)
+
+    average = AveragedModel(model, multi_avg_fn=towards, use_buffers=True)
     recipe = {
         "epochs": epochs,
         "steps an epoch": len(train_loader),
