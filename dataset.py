@@ -3,9 +3,6 @@
 The data: A. Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images"; 50,000 training
 and 10,000 test images of 32x32 pixels in ten classes, https://www.cs.toronto.edu/~kriz/cifar.html.
 
-A download goes on where it stopped, whoever delivers the rest, and only the published bytes are ever unpacked. The
-transforms take what people have: files, bytes, PIL images and arrays of any size (`read_image`).
-
 Randomness is counted, not consumed: which augmentation an image receives, and when it is its turn,
 follows from the seed, the epoch and its index in the data set, never from the batch size, the number of
 workers, the device or what ran before. (`BatchTransform` and `AlbumentationsCIFAR10` draw from the same
@@ -141,19 +138,14 @@ def download(root: Path) -> list[str]:
     return failures
 
 
-@contextlib.contextmanager
-def only_one(root: Path):
+def only_one(root: Path) -> contextlib.AbstractContextManager:
     """Within, no other process downloads into root; the system lifts the lock when its holder dies."""
     lock = FileLock(root / ".cifar-10.lock")
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         print(f"Another process is downloading CIFAR-10 into {root}: waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def fetch(source: str, partial: Path, slow: float) -> None:

@@ -1,8 +1,8 @@
 """Net: a CIFAR-10 classifier of 193,535 parameters, without pooling between its layers.
 
 Every stage is four blocks in turn: a depthwise-separable convolution (depthwise 3x3, then pointwise
-1x1), two 3x3 convolutions with dilation 2, and a 3x3 convolution with stride 2 (1 in the last stage)
-that shrinks the map. Each block ends in ReLU, batch norm and dropout, in that order. No convolution
+1x1), two 3x3 convolutions with dilation 2, and a 3x3 convolution that halves the map with stride 2
+(in the last stage stride 1, which keeps it). Each block ends in ReLU, batch norm and dropout, in that order. No convolution
 has a bias: the batch norms carry the offsets. Each but the classifier begins with twice the identity in it.
 
     stage   channels   map in    map out   parameters   receptive field at its end
@@ -15,7 +15,7 @@ has a bias: the batch norms carry the offsets. Each but the classifier begins wi
 The receptive field counts the dilation: rf_out = rf_in + (kernel - 1) * dilation * jump_in.
 
 This file needs torch and nothing else, and safetensors where weights are loaded: copy it into another experiment and
-it works.
+it works; for the trained weights copy net.safetensors too: `Net.from_pretrained("net.safetensors")`.
 
 Depthwise-separable convolution: Howard et al. 2017, MobileNets, arXiv:1704.04861.
 Dilated convolution: Yu and Koltun 2016, arXiv:1511.07122.
@@ -52,7 +52,7 @@ class Dropout(nn.Dropout):
 
 
 def convolution(inputs: int, outputs: int, kernel_size: int, **kwargs) -> nn.Conv2d:
-    """One that keeps the map's size at stride 1, without bias; torch's random weights, and twice the identity added.
+    """A convolution that keeps the map's size at stride 1, without bias; torch's random weights, and twice the identity added.
 
     Twenty convolutions follow one another without a way around them, and each adds to the rounding errors of those
     before it: of a first batch of 100 images the gradients in bfloat16 are 51 to 57 % off those in float64 with random

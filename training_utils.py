@@ -1,16 +1,8 @@
 """Train a classifier one epoch, test it, and fit it for many. Knows no data set and no network.
 
-A loader is any iterable of (images, targets) batches with a length: a `DataLoader`, say. What it, its
-sampler or its data set offers as `set_epoch(epoch)` is called before each epoch.
-
-Losses and accuracies are exact over all samples, whatever the batch sizes: sums are kept on the
-device, and the processor waits for them only when the progress bar is drawn anew.
-
-Under `torchrun` the same calls train on several processes (`join_processes`): each has its share of every batch, the
-gradients are averaged, losses and accuracies are those of all samples, and the first process alone writes.
-
-A run with a checkpoint survives: after every epoch all that decides what comes next is on the disk, and the same call
-goes on from there, bit for bit on the same processor. Nothing that is loaded here can run code.
+A loader is any iterable of (images, targets) batches with a length: a `DataLoader`, say. What it, its sampler or its
+data set offers as `set_epoch(epoch)` is called before each epoch. Losses and accuracies are exact over all samples,
+whatever the batch sizes: sums are kept on the device (see REDRAW). Nothing that is loaded here can run code.
 """
 
 import contextlib
@@ -28,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+import timeit
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -62,13 +55,7 @@ def precision(device: torch.device) -> torch.dtype:
 
     def seconds(dtype: torch.dtype) -> float:
         matrix = torch.ones(512, 512, dtype=dtype)
-        matrix @ matrix
-        times = []
-        for _ in range(7):
-            start = time.perf_counter()
-            matrix @ matrix
-            times.append(time.perf_counter() - start)
-        return min(times)
+        return min(timeit.repeat(lambda: matrix @ matrix, repeat=8, number=1)[1:])  # the first one warms up
 
     # A clear difference, as it is where there is one: two runs on one machine shall not choose differently.
     faster = torch.tensor(seconds(torch.bfloat16) < 0.7 * seconds(torch.float32))
@@ -318,9 +305,7 @@ def test(
     device = device_of(model)
     was_training = model.training
     model.eval()
-    loss_sum = torch.zeros((), device=device, dtype=torch.float64)
-    correct = torch.zeros((), device=device, dtype=torch.int64)
-    seen = 0
+    loss_sum, correct, seen = torch.zeros((), device=device, dtype=torch.float64), 0, 0
     for images, targets in progress(loader, desc="Test", leave=False, delay=2):
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         logits = torch.cat([forward(network or model, part) for part in parts_of(images)])
@@ -359,9 +344,10 @@ def fit(
     Ctrl-C, or a notebook's stop button, ends the run between two steps: the model then holds the weights of the last
     epoch that was finished, and its history is returned. (In the first epoch it is raised; a second one is at once.)
 
-    On several processes each loader gives this process's share of each batch, as `dataset.BatchLoader` does, as many
-    batches to all for training and equal shares of each. Rank 0 alone writes files and calls `on_epoch`; the
-    checkpoint is one that any number of processes goes on from. Ctrl-C ends such a run at once.
+    On several processes (`join_processes`, under `torchrun`) each loader gives this process's share of each batch, as
+    `dataset.BatchLoader` does, as many batches to all for training and equal shares of each; gradients are averaged,
+    losses and accuracies are those of all samples. Rank 0 alone writes files and calls `on_epoch`; the checkpoint is
+    one that any number of processes goes on from. Ctrl-C ends such a run at once.
 
     Args:
         ema_decay: what is tested, and what `model` holds in the end, is the exponential moving average of
@@ -373,8 +359,9 @@ def fit(
         history_file: a CSV file to write the history to, one row an epoch, after every epoch.
         checkpoint: a file that holds the run as it was after its last epoch; the one before is kept beside it, as
             NAME.previous.EXT. Where the disk is full the run warns, goes on and tries again after the next epoch.
-        resume: go on from the checkpoint; a finished run is loaded and not trained again. Where the checkpoint is
-            of another run, or this is False, it is kept under another name and the run starts from its first epoch.
+        resume: go on from the checkpoint, bit for bit on the same processor; a finished run is loaded and not trained
+            again. Where the checkpoint is of another run, or this is False, it is kept under another name and the run
+            starts from its first epoch.
         recipe: whatever else tells this run from others, such as the seed, the data and the augmentation, which
             cannot be seen from here; compared as text.
         on_epoch: called after every epoch with its row of the history: for TensorBoard, say.
@@ -402,6 +389,8 @@ def fit(
         get_ema_multi_avg_fn(min(ema_decay, float((1 + t) / (10 + t))))(old, new, t)
 
     average = AveragedModel(model, multi_avg_fn=towards, use_buffers=True)
+    parts = {"model": model, "average": average, "optimizer": optimizer}
+    parts |= {"scheduler": scheduler} if scheduler is not None else {}
     recipe = {
         "epochs": epochs,
         "steps an epoch": len(train_loader),
@@ -442,10 +431,8 @@ def fit(
             tested = compiled(average.module.eval(), parts_of(next(iter(test_loader))[0])[0])
     if saved:
         load_state(model, saved["model"], checkpoint)
-        average.load_state_dict(saved["average"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if scheduler is not None:
-            scheduler.load_state_dict(saved["scheduler"])
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
         set_random_state(saved["random"], train_loader)
     print()
 
@@ -467,7 +454,7 @@ def fit(
                 if hasattr(part, "set_epoch"):
                     part.set_epoch(epoch)
             try:
-                train_loss, train_accuracy = train(
+                trained = train(
                     model,
                     train_loader,
                     optimizer,
@@ -478,7 +465,7 @@ def fit(
                 )
                 if distributed.is_initialized():  # each has its own running statistics, of the samples that it has seen
                     agree([*model.buffers(), *average.module.buffers()])
-                test_loss, test_accuracy = test(average.module, test_loader, network=tested)
+                scored = test(average.module, test_loader, network=tested)
                 if bad := [key for key, value in average.module.state_dict().items() if not value.isfinite().all()]:
                     raise FloatingPointError(f"expected finite weights, found others in {bad[0]} after the last step")
             except KeyboardInterrupt:
@@ -488,30 +475,14 @@ def fit(
             except FloatingPointError as error:
                 good = f"{checkpoint} is as it was after epoch {kept}" if kept else "nothing was saved"
                 raise FloatingPointError(f"epoch {epoch}: {error}; {good}") from None
-            history.append(
-                {
-                    "epoch": epoch,
-                    "train_loss": train_loss,
-                    "train_accuracy": train_accuracy,
-                    "test_loss": test_loss,
-                    "test_accuracy": test_accuracy,
-                    "learning_rate": learning_rate,
-                    "seconds": time.perf_counter() - start,
-                }
-            )
+            names = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "learning_rate", "seconds")
+            history.append(dict(zip(names, (epoch, *trained, *scored, learning_rate, time.perf_counter() - start))))
             finished = copy.deepcopy(average.module.state_dict())
             if rank:
                 continue
             if checkpoint is not None:
-                state = {
-                    "recipe": recipe,
-                    "model": model.state_dict(),
-                    "average": average.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scheduler": scheduler.state_dict() if scheduler is not None else None,
-                    "random": random_state(train_loader),
-                    "history": history,
-                }
+                state = {name: part.state_dict() for name, part in parts.items()}
+                state |= {"recipe": recipe, "random": random_state(train_loader), "history": history}
                 try:
                     save_checkpoint(state, Path(checkpoint))
                     kept = epoch
@@ -559,13 +530,10 @@ def find_run(path: Path, recipe: dict[str, str], resume: bool) -> dict | None:
         if was != now:
             same = max(0, len(os.path.commonprefix([was, now])) - 30)  # of a long text, the place where it differs
             changes.append(f"{key} was {was[same : same + 60]}, is {now[same : same + 60]}")
-    if changes or not resume:
-        kept = [str(set_aside(file)) for file in (path, previous(path)) if file.exists()]
-        if kept:
+    if changes or state is None:
+        if kept := [str(set_aside(file)) for file in (path, previous(path)) if file.exists()]:
             why = f"is of another run ({changes[0]})" if changes else "is not resumed, as asked"
             print(f"{path} {why}: kept as {' and '.join(kept)}, starting with epoch 1")
-        return None
-    if state is None:
         return None
     done, epochs = len(state["history"]), int(recipe["epochs"])
     print(f"{path} holds {done} of {epochs} epochs of this run:")

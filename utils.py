@@ -1,15 +1,4 @@
-"""Inspection and prediction: nothing here knows which model or which data set it is given.
-
-    model_summary                    the table of layers, output shapes and parameters
-    receptive_field                  the receptive field, layer by layer
-    write_receptive_field_workbook   the same as a workbook of live formulas
-    channel_statistics               minimum, maximum, mean, standard deviation and variance of each channel
-    predictions, misclassified       what a model says of a whole loader, and where it is wrong
-    predict                          the classes that a model sees in raw pictures
-    calibration                      whether a model is right as often as it says
-    grad_cam                         where in an image a model saw its class
-    set_seed                         one seed for Python, NumPy and torch
-"""
+"""Inspection and prediction: nothing here knows which model or which data set it is given."""
 
 import copy
 import io
@@ -99,22 +88,20 @@ def receptive_field(model: nn.Module, input_size: tuple[int, int, int] = (3, 32,
     with torch.no_grad():
         ShapeProp(traced).propagate(torch.zeros(1, *input_size))
 
-    rows, state = [], {}  # node: (jump, receptive field) or None where every output sees the whole map
+    # Of each node (jump, receptive field), or None where every output sees the whole map.
+    rows, state = [], {node: (1, 1) for node in traced.graph.nodes if node.op == "placeholder"}
 
     def shape(node: fx.Node) -> tuple[int, ...]:
         return tuple(getattr(node.meta.get("tensor_meta"), "shape", ()))
 
     for node in traced.graph.nodes:
         inputs = [n for n in node.all_input_nodes if n in state]
-        if node.op == "placeholder":
-            state[node] = (1, 1)
-            continue
         if not inputs or node.op == "output":
             continue
         if any(state[n] is None for n in inputs):
             state[node] = None
             continue
-        jump, rf = (max(values) for values in zip(*(state[n] for n in inputs)))
+        jump, rf = state[node] = tuple(max(values) for values in zip(*(state[n] for n in inputs)))
         before, after = shape(inputs[0])[-2:], shape(node)[-2:]
         layer = layers.get(node.target) if node.op == "call_module" else None
         operation = type(layer).__name__ if layer else getattr(node.target, "__name__", str(node.target))
@@ -123,8 +110,7 @@ def receptive_field(model: nn.Module, input_size: tuple[int, int, int] = (3, 32,
             reach = rf + (window["kernel"] - 1) * window["dilation"] * jump
             row = dict(name=node.target, **window, size_in=before[0], size_out=after[0])
             rows.append(row | dict(jump_in=jump, jump_out=jump * window["stride"], rf_in=rf, rf_out=reach))
-            jump, rf = jump * window["stride"], reach
-            state[node] = (jump, rf)
+            state[node] = jump * window["stride"], reach
         elif "adaptive" in operation.lower() or (shape(node) and (len(shape(node)) < 4 or after == (1, 1) != before)):
             state[node] = None
         elif re.search("conv|pool", operation.lower()) or (before and after and before != after):
@@ -132,8 +118,6 @@ def receptive_field(model: nn.Module, input_size: tuple[int, int, int] = (3, 32,
                 f"expected Conv2d, MaxPool2d, AvgPool2d or layers that keep the map's size, found {operation} "
                 f"({node.name}: {before} to {after}): write it as one of those modules"
             )
-        else:
-            state[node] = (jump, rf)
     return rows
 
 
@@ -167,8 +151,8 @@ def write_receptive_field_workbook(
     groups = [row["name"].split(".")[0] for row in rows] if groups is None else list(groups)
     if len(groups) != len(rows):
         raise ValueError(f"expected {len(rows)} groups, one a layer, found {len(groups)}: give one label for each row")
-    before = dict(size_out=input_size[1], jump_out=1, rf_out=1)
-    for row in rows:
+    image = dict(name="image", size_out=input_size[1], jump_out=1, rf_out=1)
+    for before, row in zip([image, *rows], rows):
         reach = row["size_in"] + 2 * row["padding"] - row["dilation"] * (row["kernel"] - 1) - 1
         chained = all(row[f"{key}_in"] == before[f"{key}_out"] for key in ("size", "jump", "rf"))
         if not chained or row["size_out"] != reach // row["stride"] + 1:
@@ -176,7 +160,6 @@ def write_receptive_field_workbook(
                 f"expected a chain of layers that round down, found {row['name']}, which is not fed by the layer "
                 "before or rounds up: use receptive_field"
             )
-        before = row
 
     book = Workbook()
     sheet = book.active
@@ -208,7 +191,6 @@ def write_receptive_field_workbook(
         put(HEADER, column, heading, color="FFFFFF", bold=True, fill="1F3864", left=column == 1)
         width = max(len(row["name"]) for row in rows) + 4 if key == "name" else len(heading) + 3
         sheet.column_dimensions[get_column_letter(column)].width = width
-    image = dict(name="image", size_out=input_size[1], jump_out=1, rf_out=1)
     tints = {None: "F2F2F2"}
     for r, (row, group) in enumerate(zip([image, *rows], [None, *groups]), HEADER + 1):
         fill = tints.setdefault(group, TINTS[(len(tints) - 1) % len(TINTS)])

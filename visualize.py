@@ -127,14 +127,10 @@ def plot_history(history, references=None, note=""):
         panels["accuracy"].axhline(accuracy, color=color, ls=style, lw=1.5, label=f"{label}: {accuracy:.2f} %")
     units = {"accuracy": "accuracy (%)", "loss": "loss (nats per image)", "learning_rate": "learning rate"}
     for name, axes in panels.items():
-        axes.set_ylabel(units[name], fontsize=MEDIUM)
-        axes.set_xlabel("epoch", fontsize=MEDIUM)
-        axes.tick_params(labelsize=SMALL)
+        _label(axes, "epoch", units[name])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
         if count == 1:
             axes.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
         if name != "learning_rate":
             axes.legend(fontsize=SMALL)
     return figure
@@ -233,17 +229,12 @@ def plot_reliability(bins, error, note=""):
     left, right = figure.subplots(1, 2)
     left.plot([0, 100], [0, 100], color="#777777", ls="--", lw=1.5, label="as sure as right")
     left.plot(100 * confidence, 100 * accuracy, "o-", color=BLUE, ms=5, lw=1.5, label="the model")
-    left.set_ylabel("correct (%)", fontsize=MEDIUM)
     left.set(xlim=(0, 100), ylim=(0, 100))
     left.legend(fontsize=SMALL)
     right.bar(100 * confidence, 100 * count / count.sum(), width=5, color=BLUE)
-    right.set_ylabel("share of the images (%)", fontsize=MEDIUM)
     right.set_xlim(0, 103)
-    for axes in (left, right):
-        axes.set_xlabel("confidence (%)", fontsize=MEDIUM)
-        axes.tick_params(labelsize=SMALL)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+    _label(left, "confidence (%)", "correct (%)")
+    _label(right, "confidence (%)", "share of the images (%)")
     return figure
 
 
@@ -270,10 +261,7 @@ def plot_robustness(clean, damaged, note=""):
         axes.set_xticks(range(len(accuracies)), list(accuracies), fontsize=SMALL)
         axes.set_title(kind, fontsize=MEDIUM)
         axes.set(xlim=(-0.3, len(accuracies) - 0.3), ylim=(0, 105))
-        axes.tick_params(labelsize=SMALL)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("accuracy (%)", fontsize=MEDIUM)
+        _label(axes, "", "accuracy (%)" if axes is panels[0] else "")
     return figure
 
 
@@ -339,6 +327,15 @@ def _png(figure):
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def _label(axes, across, up):
+    """Name the two directions of axes that hold curves or bars, and give them a grid."""
+    axes.set_xlabel(across, fontsize=MEDIUM)
+    axes.set_ylabel(up, fontsize=MEDIUM)
+    axes.tick_params(labelsize=SMALL)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_rows(rows, labels, columns, title, note, heads=()):
