@@ -173,14 +173,16 @@ def bench_input(images: AlbumentationsCIFAR10, count: int = 8192, rounds: int = 
 def training_step(batch: int, size: int = 32, way: str = "ours", device: torch.device = DEVICE) -> Callable[[], int]:
     """One training step on random images of that size, by the seed's way, plain PyTorch's, or this repository's."""
     torch.manual_seed(0)
-    net = (seed_net()[0] if way == "seed" else Net()).to(device).train()
+    net, optimizer = seed_net()
+    if way != "seed":
+        net = Net().to(device, memory_format=torch.channels_last)
+        settings = {"weight_decay": 5e-4, "nesterov": True, "fused": way == "ours"}
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, **settings)
+    net.train()
     images = torch.randn(batch, 3, size, size, device=device)
     targets = torch.randint(10, (batch,), device=device)
     if way != "seed":
-        net.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
-    settings = {} if way == "seed" else {"nesterov": True, "fused": way == "ours"}
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4 if way == "seed" else 5e-4, **settings)
     network = compiled(net, images) if way == "compiled" else net
 
     def step() -> int:

@@ -384,12 +384,13 @@ def fit(
     if distributed.is_initialized():
         for tensor in model.state_dict().values():
             distributed.broadcast(tensor, 0)
+
     def towards(old: list[torch.Tensor], new: list[torch.Tensor], _: torch.Tensor) -> None:
         t = average.n_averaged  # on the CPU; torch gives it on the device too, where reading it would wait for the step
         get_ema_multi_avg_fn(min(ema_decay, float((1 + t) / (10 + t))))(old, new, t)
 
     average = AveragedModel(model, multi_avg_fn=towards, use_buffers=True)
-    parts = {"model": model, "average": average, "optimizer": optimizer}
+    parts = {"average": average, "optimizer": optimizer}  # of a checkpoint, beside the model
     parts |= {"scheduler": scheduler} if scheduler is not None else {}
     recipe = {
         "epochs": epochs,
@@ -481,7 +482,7 @@ def fit(
             if rank:
                 continue
             if checkpoint is not None:
-                state = {name: part.state_dict() for name, part in parts.items()}
+                state = {name: part.state_dict() for name, part in [("model", model), *parts.items()]}
                 state |= {"recipe": recipe, "random": random_state(train_loader), "history": history}
                 try:
                     save_checkpoint(state, Path(checkpoint))
