@@ -25,7 +25,7 @@ from utils import set_seed
 
 # The notebook's recipe. Every row of CHANGES is this one with the given differences.
 RECIPE = dict(optimizer="Muon", muon_rate=0.05, momentum=0.6, rate=0.2, batch=256, warm_up=0.2, shape="linear", decay=5e-4)
-RECIPE |= dict(smoothing=0.05, average=0.995, dropout=0.0, identity=2, augmentation=list, alternate=False, mixup=0.0)
+RECIPE |= dict(smoothing=0.05, average=0.995, dropout=0.0, identity=2, augmentation=list, alternate=False)
 
 
 def without(kind: type) -> dict:
@@ -56,7 +56,6 @@ CHANGES = {
     "notebook, dropout 0.03": {"dropout": 0.03},
     "notebook, no cutout": without(A.CoarseDropout),
     "notebook, colour": {"augmentation": lambda steps: [COLOUR, *steps]},
-    "notebook, mixup 0.2": {"mixup": 0.2},
     "notebook, AdamW, rate 3e-3, decay 0.05": {"optimizer": "AdamW", "rate": 3e-3, "decay": 0.05},
 }
 
@@ -73,20 +72,6 @@ class Alternating(BatchTransform):
         return drawn
 
 
-class Mixed(BatchLoader):
-    """Each image of a batch mixed with the one before it, and their classes alike (Zhang et al. 2018, mixup, arXiv:1710.09412)."""
-
-    alpha = 0.0
-
-    def __iter__(self):
-        for number, (images, targets) in enumerate(super().__iter__()):
-            share = np.random.default_rng((self.seed, self.epoch, 2, number)).beta(self.alpha, self.alpha, (len(images), 1))
-            share = torch.from_numpy(share).to(images)
-            classes = nn.functional.one_hot(targets, 10).float()
-            images = torch.lerp(images.roll(1, 0), images, share[..., None, None])
-            yield images, torch.lerp(classes.roll(1, 0), classes, share)
-
-
 def run(change: dict, seed: int, epochs: int, root: Path, device: torch.device) -> dict[str, float]:
     """Train with the change, and give the last row of its history; its "test" are the images held out."""
     recipe = RECIPE | change
@@ -98,9 +83,7 @@ def run(change: dict, seed: int, epochs: int, root: Path, device: torch.device) 
     loaders = []
     for rows, compose in ((order[held:], transform), (order[:held], test_transform())):
         part = AlbumentationsImages(images.data[rows], [images.targets[i] for i in rows], images.classes, compose, seed)
-        kind = Mixed if recipe["mixup"] and not loaders else BatchLoader
-        loaders.append(kind(part, recipe["batch"] if not loaders else 1000, shuffle=not loaders, device=device))
-    loaders[0].alpha = recipe["mixup"]
+        loaders.append(BatchLoader(part, recipe["batch"] if not loaders else 1000, shuffle=not loaders, device=device))
     if recipe["alternate"]:
         loaders[0].transform = Alternating(transform, device)
 
