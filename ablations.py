@@ -47,6 +47,9 @@ CHANGES = {
     "Muon, rate 0.05, identity added twice": MUON | {"identity": 2},
     "Muon, rate 0.05, identity added twice, momentum 0.85": MUON | {"identity": 2, "momentum": 0.85},
     "Muon, rate 0.05, identity added twice, affine": {},  # the notebook's, as it is
+    "notebook, Muon's rate 0.025, momentum 0.85": {"muon_rate": 0.025, "momentum": 0.85},  # steps in one direction as long
+    "notebook, Muon's rate 0.01, momentum 0.95": {"muon_rate": 0.01, "momentum": 0.95},
+    "notebook, Muon's rate 0.035": {"muon_rate": 0.035},
     "notebook, cosine": {"shape": "cosine"},
     "notebook, batch 128": {"batch": 128, "muon_rate": 0.035, "rate": 0.14, "average": 0.9975},
     "notebook, weight decay 1e-3": {"decay": 1e-3},
