@@ -29,6 +29,7 @@ README = (REPOSITORY / "README.md").read_text()
 MODEL_CARD = (REPOSITORY / "MODEL_CARD.md").read_text()
 # What others say of themselves, in the README's comparison and on its curves; and what earlier recipes of this notebook reached.
 OTHERS = {"86.15 %", "90.10 %", "90.27 %", "91.25 %", "92.60 %", "92.56 %", "93.02 %", "94.01 %", "90.29 %"}
+NOTEBOOK_ROW = "Muon, rate 0.05, identity added twice, affine"  # of the ablations: the notebook's recipe
 NOTEBOOK = nbformat.read(REPOSITORY / "S8.ipynb", as_version=4)
 PRINTED = "".join(text_of(cell) for cell in NOTEBOOK.cells if cell.cell_type == "code")
 with open(REPOSITORY / "assets/history.csv") as file:
@@ -117,7 +118,9 @@ def test_numbers_are_the_history_s():
         reached = next(i for i, row in enumerate(HISTORY, 1) if row["test_accuracy"] > float(bound))
         assert (epoch, taken) == (str(reached), f"{sum(seconds[:reached]) / 60:.0f}")
     own = {f"{last['test_accuracy']:.2f} %", f"{last['train_accuracy']:.2f} %", *re.findall(r"\d\d\.\d\d%", PRINTED)}
-    tried = set(re.findall(r"(?m)^\| [^|]+ \| (\d\d\.\d\d %) \| \d\.\d{3} \| \d+ \|$", README))
+    with open(ASSETS / "ablations.csv") as file:
+        tried = {f"{float(run['accuracy']):.2f} %" for run in csv.DictReader(file)}
+    tried |= set(re.findall(r"(?m)^\| [^|]+ \| \d+ \| (\d\d\.\d\d %) \| \d\.\d{3} \| \d\.\d{3} \| \d+ \|$", README))
     preset = set(re.findall(r"EPOCHS=16` reached (\d\d\.\d\d %)", README))
     assert set(re.findall(r"\d\d\.\d\d ?%", README)) <= own | tried | preset | OTHERS
     assert set(re.findall(r"\d\d\.\d\d ?%", MODEL_CARD)) == {f"{last['test_accuracy']:.2f} %"}
@@ -137,12 +140,15 @@ def test_ablations_are_the_recorded_runs():
     with open(ASSETS / "ablations.csv") as file:
         runs = list(csv.DictReader(file))
     assert all(run["command"].startswith("python ablations.py") and re.fullmatch("[0-9a-f]{7,}", run["commit"]) for run in runs)
-    changes = {run["change"] for run in runs}
-    assert set(re.findall(r"(?m)^\| ([^|]+) \| \d\d\.\d\d % \| \d\.\d{3} \| \d+ \|$", README)) == changes
+    changes = {(run["change"], run["epochs"]) for run in runs}
+    assert set(re.findall(r"(?m)^\| ([^|]+) \| (\d+) \| \d\d\.\d\d % \| \d\.\d{3} \| \d\.\d{3} \| \d+ \|$", README)) == changes
     for change in changes:
-        accuracies, losses = ([float(run[key]) for run in runs if run["change"] == change] for key in ("accuracy", "loss"))
-        means = sum(accuracies) / len(accuracies), sum(losses) / len(losses)
-        assert f"| {change} | {means[0]:.2f} % | {means[1]:.3f} | {len(losses)} |" in README
+        same = [run for run in runs if (run["change"], run["epochs"]) == change]
+        accuracy, *losses = (statistics.mean(float(run[key]) for run in same) for key in ("accuracy", "loss", "train_loss"))
+        assert f"| {' | '.join(change)} | {accuracy:.2f} % | {losses[0]:.3f} | {losses[1]:.3f} | {len(same)} |" in README
+    seeds = [float(run["accuracy"]) for run in runs if (run["change"], run["epochs"]) == (NOTEBOOK_ROW, "16")]
+    expected = f"seeds 0 to {len(seeds) - 1} reached {', '.join(f'{accuracy:.2f} %' for accuracy in seeds)}"
+    assert f"{expected} (standard deviation {statistics.stdev(seeds):.2f} points)" in README
 
 
 def test_links_and_pictures_are_there():
