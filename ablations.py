@@ -2,7 +2,7 @@
 
     python ablations.py "notebook, cosine" "notebook, dropout 0.03" --seeds 0 1 --epochs 16
 
-Each run is a line of assets/ablations.csv. What helps becomes the notebook's default, what does not stays a line here.
+Each run is a line of assets/ablations.csv. What helps becomes the notebook's default, what does not stays a line there.
 """
 
 import argparse
@@ -47,7 +47,7 @@ CHANGES = {
     "Muon, rate 0.05, identity added twice": MUON | {"identity": 2},
     "Muon, rate 0.05, identity added twice, momentum 0.85": MUON | {"identity": 2, "momentum": 0.85},
     "Muon, rate 0.05, identity added twice, affine": {},  # the notebook's, as it is
-    "notebook, Muon's rate 0.025, momentum 0.85": {"muon_rate": 0.025, "momentum": 0.85},  # steps in one direction as long
+    "notebook, Muon's rate 0.025, momentum 0.85": {"muon_rate": 0.025, "momentum": 0.85},
     "notebook, Muon's rate 0.01, momentum 0.95": {"muon_rate": 0.01, "momentum": 0.95},
     "notebook, Muon's rate 0.035": {"muon_rate": 0.035},
     "notebook, cosine": {"shape": "cosine"},
