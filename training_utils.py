@@ -134,7 +134,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: this share of the weights is added to the gradient; leave it 0 for orthogonal groups.
     """
 
-    def __init__(self, groups: Iterable, lr: float, momentum: float = 0.6, weight_decay: float = 0.0, orthogonal: bool = True):
+    def __init__(self, groups: Iterable, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, orthogonal: bool = True):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "orthogonal": orthogonal})
 
     @torch.no_grad()
