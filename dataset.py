@@ -11,6 +11,7 @@ runs in `DataLoader` workers: AlbumentationsX issue 266.)
 """
 
 import contextlib
+import functools
 import http.client
 import io
 import os
@@ -503,7 +504,9 @@ class BatchTransform:
                     known = (key for key in neutral if key in found)
                     columns += [np.where(applied, found[key].reshape(count, -1), neutral[key]) for key in known]
             if isinstance(stage[0], MOVES):  # for each pixel (x, y, 1) of the result, its place in the image
-                columns.append(np.linalg.inv(forth)[:, :2].reshape(count, 6))
+                (a, b, x), (c, d, y) = np.moveaxis(forth[:, :2], 0, 2)
+                back = np.stack([d, -b, b * y - d * x, -c, a, c * x - a * y], 1)
+                columns.append(back / (a * d - b * c)[:, None])
         return torch.from_numpy(np.concatenate(columns, 1)).to(self.device, torch.float32)
 
     def __call__(self, images: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -541,7 +544,13 @@ class BatchTransform:
 
 def per_channel(values: np.ndarray | list[float], x: torch.Tensor) -> torch.Tensor:
     """A number for each channel, or one for all, as a tensor that goes with images (N, 3, H, W)."""
-    return torch.tensor(values, dtype=torch.float32, device=x.device).reshape(-1, 1, 1)
+    return constant(tuple(np.ravel(values).tolist()), x.device).view(-1, 1, 1)
+
+
+@functools.cache  # a GPU that is sent numbers waits until all that it was told before is done
+def constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """The values in float32 on the device."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def border_of(step: A.BasicTransform) -> tuple[int, list[float]] | None:
@@ -601,8 +610,8 @@ def sample(x: torch.Tensor, maps: torch.Tensor, stage: list[A.BasicTransform]) -
     xs, ys = torch.arange(columns, device=x.device), torch.arange(rows, device=x.device)
     places = torch.stack([xs.repeat(rows), ys.repeat_interleave(columns), torch.ones_like(xs).repeat(rows)]).float()
     # grid_sample wants -1 and 1 for the centres of the first and the last pixel.
-    unit = torch.tensor([[2 / (width - 1)], [2 / (height - 1)]], device=x.device)
-    maps = maps.reshape(count, 2, 3) * unit - torch.tensor([0.0, 0.0, 1.0], device=x.device)
+    unit = constant((2 / (width - 1), 2 / (height - 1)), x.device).view(2, 1)
+    maps = maps.reshape(count, 2, 3) * unit - constant((0, 0, 1), x.device)
     grid = (maps.view(-1, 3) @ places).view(count, 2, rows, columns).permute(0, 2, 3, 1)
     kind = "bilinear" if any(isinstance(step, WARPS) for step in stage) else "nearest"
     x = F.grid_sample(x, grid, mode=kind, padding_mode=BORDERS[mode], align_corners=True)
