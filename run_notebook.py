@@ -11,7 +11,6 @@ import os
 import sys
 from pathlib import Path
 
-import nbconvert
 import nbformat
 import papermill
 
@@ -36,6 +35,8 @@ def main() -> None:
     # What an earlier run was given is not a default of this one.
     notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     if script:
+        import nbconvert  # here: to run the notebook takes less
+
         text, _ = nbconvert.PythonExporter().from_notebook_node(papermill.execute_notebook(notebook, None, parameters, prepare_only=True))
         NOTEBOOK.with_suffix(".py").write_text(text)
         return
