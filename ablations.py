@@ -49,13 +49,20 @@ CHANGES = {
     "Muon, rate 0.05, identity added twice, momentum 0.85": MUON | {"identity": 2, "momentum": 0.85},
     "Muon, rate 0.05, identity added twice, affine": SHORT,
     "notebook": {},
+    "notebook, Muon's rate 0.025": {"muon_rate": 0.025},
+    "notebook, Muon's rate 0.01": {"muon_rate": 0.01},
+    "notebook, SGD's rate 0.1": {"rate": 0.1},
     "notebook, cosine": {"shape": "cosine"},
     "notebook, batch 128": {"batch": 128, "muon_rate": 0.01, "rate": 0.14, "average": 0.9975},
     "notebook, weight decay 1e-3": {"decay": 1e-3},
     "notebook, label smoothing 0.1": {"smoothing": 0.1},
+    "notebook, no label smoothing": {"smoothing": 0.0},
     "notebook, average 0.998": {"average": 0.998},
     "notebook, dropout 0.03": {"dropout": 0.03},
     "notebook, colour": {"augmentation": lambda steps: [COLOUR, *steps]},
+    "notebook, no affine": without(A.Affine),
+    "notebook, no cutout": without(A.CoarseDropout),
+    "notebook, flips alternate": {"alternate": True},
     "notebook, AdamW, rate 3e-3, decay 0.05": {"optimizer": "AdamW", "rate": 3e-3, "decay": 0.05},
 }
 
@@ -99,7 +106,7 @@ def run(change: dict, seed: int, epochs: int, root: Path, device: torch.device) 
     decayed = filters if recipe["optimizer"] == "Muon" else [p for p in net.parameters() if p.ndim > 1]
     groups = [{"params": decayed, "weight_decay": recipe["decay"]}, {"params": norms, "weight_decay": 0.0}]
     if recipe["optimizer"] == "AdamW":
-        optimizer = torch.optim.AdamW(groups, lr=recipe["rate"], fused=True)
+        optimizer = torch.optim.AdamW(groups, lr=recipe["rate"], fused=True, capturable=device.type == "cuda")
     elif recipe["optimizer"] == "Muon":
         sgd = [group | {"lr": recipe["rate"], "momentum": 0.9, "orthogonal": False} for group in groups]
         optimizer = Muon([{"params": banks}, *sgd], lr=recipe["muon_rate"], momentum=recipe["momentum"])
