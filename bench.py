@@ -38,7 +38,7 @@ from tqdm import tqdm
 from dataset import CLASSES, MEAN, STD, AlbumentationsCIFAR10, BatchLoader, BatchTransform, find_cifar10, train_transform
 from dataset import test_transform as no_augmentation
 from model import Dropout, Net
-from training_utils import compiled, forward, keep_freed_memory, parts_of, precision, test, train
+from training_utils import compiled, forward, gradient_step, keep_freed_memory, parts_of, precision, test, train
 from utils import predict
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -301,7 +301,7 @@ def bench_epoch(images: AlbumentationsCIFAR10, tests: AlbumentationsCIFAR10, cou
 
     def ours() -> int:
         with contextlib.redirect_stdout(io.StringIO()):
-            train(net, our_loaders[0], sgd, network=network)
+            train(net, our_loaders[0], sgd, step=gradient_step(net, sgd, network=network))
             test(net, our_loaders[1], network=tested)
         return count
 

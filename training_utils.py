@@ -33,7 +33,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import distributed, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 REDRAW = 0.5  # seconds between two states of a progress bar, the only moments when the processor waits for the device
@@ -140,35 +139,55 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            updates = []
+            if not (parameters := [p for p in group["params"] if p.grad is not None]):
+                continue
             for p in parameters:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"]
-                gradient = p.grad.add(p, alpha=group["weight_decay"])
-                momentum.mul_(group["momentum"]).add_(gradient)
-                updates.append(gradient.add(momentum, alpha=group["momentum"]))
+                momentum = self.state[p].get("momentum", torch.zeros_like(p))
+                self.state[p]["momentum"] = laid_out_like(p, momentum)
+            weights = [matrix(p) for p in parameters]
+            momenta = [matrix(self.state[p]["momentum"]) for p in parameters]
+            gradients = [matrix(laid_out_like(p, p.grad)) for p in parameters]
+            # Lists at once: on a GPU each call costs time.
+            gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, gradients)
+            updates = torch._foreach_add(gradients, momenta, alpha=group["momentum"])
             if group["orthogonal"]:
                 updates = orthogonal(updates)
-                for p in parameters:
-                    p.mul_(len(p) ** 0.5 / p.norm())
-            for p, update in zip(parameters, updates):
-                p.add_(update, alpha=-group["lr"])
+                torch._foreach_div_(weights, torch._foreach_norm(weights))
+                torch._foreach_mul_(weights, [len(p) ** 0.5 for p in parameters])
+            torch._foreach_mul_(updates, group["lr"])
+            torch._foreach_sub_(weights, updates)
 
 
-def orthogonal(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Each as a matrix (first dimension, the others), all its singular values brought near 1 by Newton-Schulz steps."""
-    result = list(tensors)
-    for shape in {tensor.shape: None for tensor in tensors}:  # those of one shape together: on a GPU each call costs time
-        places = [i for i, tensor in enumerate(tensors) if tensor.shape == shape]
-        x = torch.stack([tensors[i].flatten(1) for i in places])
-        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+def laid_out_like(p: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, in the order in which p lies in memory."""
+    return tensor if tensor.stride() == p.stride() else torch.empty_like(p).copy_(tensor)
+
+
+def matrix(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous or channels-last tensor as (first dimension, the others as they lie in memory), without a copy."""
+    tensor = tensor if tensor.is_contiguous() else tensor.movedim(1, -1)
+    return tensor.view(len(tensor), -1) if tensor.ndim > 1 else tensor.view(1, -1)
+
+
+def orthogonal(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Each with all its singular values brought near 1, by Newton-Schulz steps."""
+    result, together = list(matrices), {}
+    for i, one in enumerate(matrices):  # each call costs a GPU more than the zeros that make all one size
+        together.setdefault(None if one.is_cuda else one.shape, []).append(i)
+    for places in together.values():
+        rows, columns = (max(matrices[i].shape[side] for i in places) for side in (0, 1))
+        x = matrices[0].new_zeros(len(places), rows, columns)
+        parts = [part[: len(matrices[i]), : matrices[i].shape[1]] for i, part in zip(places, x)]
+        torch._foreach_copy_(parts, [matrices[i] for i in places])
+        x /= x.norm(dim=(1, 2), keepdim=True) + 1e-7
         for _ in range(5):
             square = x @ x.mT
-            x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x  # K. Jordan's coefficients
-        for i, matrix in zip(places, x):
-            result[i] = matrix.view(shape)
+            polynomial = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)  # K. Jordan's coefficients
+            x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+        for i, part in zip(places, x):
+            result[i] = part[: len(matrices[i]), : matrices[i].shape[1]].contiguous()
     return result
 
 
@@ -224,6 +243,89 @@ def over_processes(*sums: torch.Tensor | int) -> list[torch.Tensor]:
 # ---------------------------------------------------------------- training
 
 
+def gradient_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    label_smoothing: float = 0.0,
+    network: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The function that takes a batch (images, targets), changes the weights by it, and gives the logits it had for it.
+
+    `network` computes what the model does, faster (`compiled`) or for all processes (`synchronised`).
+    """
+
+    def step(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = forward(network or model, images)
+        optimizer.zero_grad()
+        F.cross_entropy(logits, targets, label_smoothing=label_smoothing).backward()
+        if distributed.is_initialized():
+            agree(p.grad for p in model.parameters() if p.grad is not None)
+        optimizer.step()
+        return logits.detach()
+
+    return step
+
+
+def replayed(
+    step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], optimizer: torch.optim.Optimizer
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A `gradient_step` on a GPU as a CUDA graph: one call in place of a thousand, which take longer than what they ask for.
+
+    Three batches run as they are, the next one's operations are recorded and from then on repeated, with the learning
+    rates of the moment: for models that do the same with every batch. What differs from the recorded batch in shape, or
+    in the optimizer's other options, runs as it is; so does everything where recording fails, and a line says why.
+    """
+    stream, before, own, graph, logits = torch.cuda.Stream(), 3, (), None, None
+    rates = [torch.zeros((), device=stream.device) for _ in optimizer.param_groups]
+
+    def options() -> list[dict]:
+        return [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups]
+
+    recorded = options()
+
+    def record(images: torch.Tensor, targets: torch.Tensor) -> None:
+        nonlocal own, graph, logits
+        state = [value for values in optimizer.state.values() for value in values.values() if value is not None]
+        if not all(isinstance(value, torch.Tensor) and value.is_cuda for value in state):
+            raise RuntimeError(f"{type(optimizer).__name__} keeps numbers outside the GPU")
+        own = images.clone(memory_format=torch.channels_last), targets.clone()
+        floats, new = [group["lr"] for group in optimizer.param_groups], torch.cuda.CUDAGraph()
+        try:
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate
+            with torch.cuda.graph(new, stream=stream):
+                logits = step(*own)
+        finally:
+            for group, rate in zip(optimizer.param_groups, floats):
+                group["lr"] = rate
+        graph = new
+
+    def replay(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        nonlocal before
+        if before:  # beside the current stream, as the recording will be
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = step(images, targets)
+            torch.cuda.current_stream().wait_stream(stream)
+            before -= 1
+            return result
+        if own == ():
+            try:
+                record(images, targets)
+            except Exception as error:  # whatever a model may do that cannot be recorded
+                print(f"recording a CUDA graph fails here ({type(error).__name__}): going on without it")
+        if graph is None or images.shape != own[0].shape or options() != recorded:
+            return step(images, targets)
+        for group, rate in zip(optimizer.param_groups, rates):
+            rate.fill_(group["lr"])
+        own[0].copy_(images)
+        own[1].copy_(targets)
+        graph.replay()
+        return logits
+
+    return replay
+
+
 def train(
     model: nn.Module,
     loader: Iterable,
@@ -231,12 +333,12 @@ def train(
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     *,
     label_smoothing: float = 0.0,
-    network: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
     """One epoch of training, with a progress bar; the scheduler and `after_step` go on after every step.
 
-    `network` computes what the model does, faster (`compiled`) or for all processes (`synchronised`).
+    `step` is a `gradient_step`; by default one with this model, optimizer and label smoothing.
 
     Returns the mean cross-entropy (without label smoothing, so that it compares with `test`'s) and the
     accuracy in percent over all the epoch's samples, each as the model was when it saw them.
@@ -244,6 +346,7 @@ def train(
     Raises ValueError for a loader without batches.
     """
     device = device_of(model)
+    step = step or gradient_step(model, optimizer, label_smoothing)
     model.train()
     loss_sum = torch.zeros((), device=device, dtype=torch.float64)
     correct, finite = torch.zeros(2, device=device, dtype=torch.int64)  # finite: the steps before the first bad loss
@@ -251,13 +354,8 @@ def train(
     with progress(loader, desc="Train") as bar:
         for batch_id, (images, targets) in enumerate(bar):
             images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-            logits = forward(network or model, images)
-            optimizer.zero_grad()
-            F.cross_entropy(logits, targets, label_smoothing=label_smoothing).backward()
-            if distributed.is_initialized():
-                agree(p.grad for p in model.parameters() if p.grad is not None)
             rates.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
+            logits = step(images, targets)
             if scheduler is not None:
                 scheduler.step()
             after_step()
@@ -384,11 +482,9 @@ def fit(
         for tensor in model.state_dict().values():
             distributed.broadcast(tensor, 0)
 
-    def towards(old: list[torch.Tensor], new: list[torch.Tensor], _: torch.Tensor) -> None:
-        t = average.n_averaged  # on the CPU; torch gives it on the device too, where reading it would wait for the step
-        get_ema_multi_avg_fn(min(ema_decay, float((1 + t) / (10 + t))))(old, new, t)
-
-    average = AveragedModel(model, multi_avg_fn=towards, use_buffers=True)
+    average = copy.deepcopy(model)
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values()))  # they share the memory of both
+    weights = [list(side) for side in zip(*(pair for pair in pairs if pair[0].is_floating_point()))]
     parts = {"average": average, "optimizer": optimizer}  # of a checkpoint, beside the model
     parts |= {"scheduler": scheduler} if scheduler is not None else {}
     recipe = {
@@ -428,7 +524,10 @@ def fit(
     elif compile and len(history) < epochs:
         network = compiled(model, next(iter(train_loader))[0].to(device))
         if device.type == "cpu":  # on a GPU the test takes too short a time to win the compiler's back
-            tested = compiled(average.module.eval(), parts_of(next(iter(test_loader))[0])[0])
+            tested = compiled(average.eval(), parts_of(next(iter(test_loader))[0])[0])
+    step = gradient_step(model, optimizer, label_smoothing, network)
+    if compile and device.type == "cuda" and not distributed.is_initialized():
+        step = replayed(step, optimizer)
     if saved:
         load_state(model, saved["model"], checkpoint)
         for name, part in parts.items():
@@ -436,11 +535,15 @@ def fit(
         set_random_state(saved["random"], train_loader)
     print()
 
-    finished, kept = copy.deepcopy(average.module.state_dict()), len(history)
+    finished, kept, steps = copy.deepcopy(average.state_dict()), len(history), len(history) * len(train_loader)
     with interruptible() as interrupted:
 
+        @torch.no_grad()
         def after_step() -> None:
-            average.update_parameters(model)
+            nonlocal steps
+            # Of all at once: on a GPU each call costs time.
+            torch._foreach_lerp_(*weights, 1 - min(ema_decay, (1 + steps) / (10 + steps)) if steps else 1.0)
+            steps += 1
             if interrupted:
                 raise KeyboardInterrupt
 
@@ -459,14 +562,16 @@ def fit(
                     train_loader,
                     optimizer,
                     scheduler,
-                    label_smoothing=label_smoothing,
-                    network=network,
+                    step=step,
                     after_step=after_step,
                 )
                 if distributed.is_initialized():  # each has its own running statistics, of the samples that it has seen
-                    agree([*model.buffers(), *average.module.buffers()])
-                scored = test(average.module, test_loader, network=tested)
-                if bad := [key for key, value in average.module.state_dict().items() if not value.isfinite().all()]:
+                    agree([*model.buffers(), *average.buffers()])
+                for old, new in pairs:
+                    if not old.is_floating_point():  # the batches counted
+                        old.copy_(new)
+                scored = test(average, test_loader, network=tested)
+                if bad := [key for key, value in average.state_dict().items() if not value.isfinite().all()]:
                     raise FloatingPointError(f"expected finite weights, found others in {bad[0]} after the last step")
             except KeyboardInterrupt:
                 if len(interrupted) > 1 or distributed.is_initialized():
@@ -477,7 +582,7 @@ def fit(
                 raise FloatingPointError(f"epoch {epoch}: {error}; {good}") from None
             names = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "learning_rate", "seconds")
             history.append(dict(zip(names, (epoch, *trained, *scored, learning_rate, time.perf_counter() - start))))
-            finished = copy.deepcopy(average.module.state_dict())
+            finished = copy.deepcopy(average.state_dict())
             if rank:
                 continue
             if checkpoint is not None:

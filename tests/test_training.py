@@ -12,7 +12,7 @@ import dataset
 import training_utils
 from dataset import ASSETS, AlbumentationsCIFAR10, BatchLoader, train_transform
 from model import Net
-from training_utils import Muon, compiled, fit, train
+from training_utils import Muon, compiled, fit, gradient_step, replayed, train
 
 TRAIN_LINE = r"Train: Loss=\d+\.\d{4} Batch_id=%d Accuracy=\d+\.\d\d: 100%%\|██████████\| %d/%d \[\d\d:\d\d<00:00, +[\d.]+(it/s|s/it)\]"
 TEST_LINE = r"Test set: Average loss: \d+\.\d{4}, Accuracy: \d+/%d \(\d+\.\d\d%%\)"
@@ -106,7 +106,8 @@ def test_fast_path_has_the_losses_of_a_plain_loop(kind, learning_rate, monkeypat
     network = compiled(fast, batches[0][0]) if kind == "float32" else fast
     if kind == "float32" and network is fast:
         pytest.skip("the compiler fails with this version of torch, and channels-last alone rounds to 3e-5")
-    found = [train(fast, [batch], sgd, network=network)[0] for batch in batches]
+    step = gradient_step(fast, sgd, network=network)
+    found = [train(fast, [batch], sgd, step=step)[0] for batch in batches]
     assert found == pytest.approx(plain_loop(), rel=0, abs=1e-5)
     assert found != pytest.approx(plain_loop(nesterov=False), rel=0, abs=2e-5)  # what this test is there to tell apart
 
@@ -177,3 +178,39 @@ def test_muon_makes_steps_orthogonal_and_keeps_the_norm_and_is_sgd_for_the_rest(
     muon.step()
     resumed.step()
     assert torch.equal(bank, copies[0]) and torch.equal(vector, copies[1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind, calls", [("Muon", 5), ("SGD", 5), ("SGD whose momentum cycles", 20), ("Adam", 20)])
+def test_a_step_that_is_replayed_does_what_it_does_as_it_is(kind, calls, monkeypatch, capsys):
+    """The learning rate falls, and one batch of 20 is smaller: it runs as it is, as what cannot be replayed does."""
+    monkeypatch.setattr(training_utils, "precision", lambda device: torch.float32)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    images = AlbumentationsCIFAR10(ASSETS, transform=train_transform())
+    batches = list(BatchLoader(images, 100, shuffle=True, device="cuda"))
+    batches[10] = tuple(part[:60] for part in batches[10])
+
+    def losses(wrap):
+        net, called = Net.from_pretrained().cuda().to(memory_format=torch.channels_last).train(), []
+        if kind == "Muon":
+            rest = {"params": [p for p in net.parameters() if p.ndim == 1], "lr": 1e-4, "orthogonal": False}
+            optimizer = Muon([{"params": [p for p in net.parameters() if p.ndim > 1]}, rest], lr=1e-4)
+        elif kind == "Adam":
+            optimizer = torch.optim.Adam(net.parameters(), 1e-5)
+        else:
+            optimizer = torch.optim.SGD(net.parameters(), 1e-4, momentum=0.9, fused=True)
+        if "cycles" in kind:
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-4, total_steps=20)
+        else:
+            scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=20)
+        step = gradient_step(net, optimizer)
+        wrapped = wrap(lambda *batch: called.append(1) or step(*batch), optimizer)
+        found = [train(net, [batch], optimizer, scheduler, step=wrapped)[0] for batch in batches]
+        return found + [net.classifier.weight.norm().item()], len(called)
+
+    expected, _ = losses(lambda step, optimizer: step)
+    found, called = losses(replayed)
+    assert called == calls
+    assert found == pytest.approx(expected, rel=1e-4) and len(set(expected)) == 21
+    assert ("going on without it" in capsys.readouterr().out) == (kind == "Adam")
