@@ -6,7 +6,7 @@ from ("the seed"). `growth` runs each row in a process of its own, `predict` thi
 are noisy: ratios of one run hold better than absolutes. `python bench.py input step` runs single parts.
 assets/bench.png is drawn from the table.
 
-`python bench.py accuracy` trains the seed's way for as long as the recorded run took (assets/history.csv), and writes
+`python bench.py accuracy assets/history.csv` trains the seed's way for as long as that recorded run took, and writes
 assets/seed_history.csv.
 """
 
@@ -318,9 +318,9 @@ def bench_epoch(images: AlbumentationsCIFAR10, tests: AlbumentationsCIFAR10, cou
     return report("epoch", in_turn(rows, 2, memory), "training images/s")
 
 
-def bench_accuracy(images: AlbumentationsCIFAR10, tests: AlbumentationsCIFAR10) -> None:
-    """The seed's recipe, its one-cycle to 0.1 over as long as the recorded run took; a row an epoch, the last a part of one."""
-    with open("assets/history.csv") as file:
+def bench_accuracy(images: AlbumentationsCIFAR10, tests: AlbumentationsCIFAR10, history: str) -> None:
+    """The seed's recipe, its one-cycle to 0.1 over as long as the run of that history took; a row an epoch, the last a part of one."""
+    with open(history) as file:
         seconds = sum(float(row["seconds"]) for row in csv.DictReader(file))
     torch.manual_seed(0)
     (net, optimizer), loaders, parts, rows = seed_net(), seed_loaders(images, tests), 10_000, []
@@ -452,7 +452,8 @@ def plot(table: Path, picture: Path) -> None:
 
 def main(parts: list[str]) -> None:
     os.chdir(Path(__file__).resolve().parent)
-    root = find_cifar10(data="full" if parts == ["accuracy"] else "auto")
+    accuracy = parts[:1] == ["accuracy"] and len(parts) == 2
+    root = find_cifar10(data="full" if accuracy else "auto")
     images, tests = (AlbumentationsCIFAR10(root, t, f()) for t, f in ((True, train_transform), (False, no_augmentation)))
     benches = {
         "input": lambda: bench_input(images),
@@ -461,10 +462,10 @@ def main(parts: list[str]) -> None:
         "growth": bench_growth,
         "predict": lambda: bench_predict(images),
     }
-    if parts == ["accuracy"]:
-        return bench_accuracy(images, tests)
+    if accuracy:
+        return bench_accuracy(images, tests, parts[1])
     if unknown := [part for part in parts if part not in benches]:
-        sys.exit(f"expected parts of {', '.join(benches)}, or accuracy alone, found {unknown[0]}")
+        sys.exit(f"expected parts of {', '.join(benches)}, or accuracy and a history, found {unknown[0]}")
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}; torch {torch.__version__}, {precision(DEVICE)}; {len(images):,} training images")
     old = []
