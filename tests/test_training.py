@@ -180,6 +180,28 @@ def test_muon_makes_steps_orthogonal_and_keeps_the_norm_and_is_sgd_for_the_rest(
     assert torch.equal(bank, copies[0]) and torch.equal(vector, copies[1])
 
 
+def test_muon_takes_no_notice_of_the_order_in_memory_and_its_change():
+    torch.manual_seed(0)
+    shapes = (8, 8, 3, 3), (8, 1, 3, 3), (12, 8, 1, 1), (6, 8), ()
+    gradients = [[torch.randn(shape) for shape in shapes] for _ in range(4)]
+
+    def weights_after(*orders):
+        torch.manual_seed(1)
+        parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+        sgd = {"params": parameters[3:], "orthogonal": False, "weight_decay": 0.1}
+        muon = Muon([{"params": parameters[:3]}, sgd], lr=0.1)
+        for order, step in zip(orders, gradients):
+            for p, gradient in zip(parameters, step):
+                p.data = p.data.contiguous(memory_format=order if p.ndim == 4 else torch.contiguous_format)
+                p.grad = gradient.clone()
+            muon.step()
+        return [p.detach().contiguous() for p in parameters]
+
+    plain, last = torch.contiguous_format, torch.channels_last
+    torch.testing.assert_close(weights_after(plain, plain, last, last), weights_after(plain, plain, plain, plain))
+    torch.testing.assert_close(weights_after(last, last, last, last), weights_after(plain, plain, plain, plain))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind, calls", [("Muon", 5), ("SGD", 5), ("SGD whose momentum cycles", 20), ("Adam", 20)])
 def test_a_step_that_is_replayed_does_what_it_does_as_it_is(kind, calls, monkeypatch, capsys):
