@@ -275,20 +275,19 @@ def replayed(
     rates of the moment: for models that do the same with every batch. What differs from the recorded batch in shape, or
     in the optimizer's other options, runs as it is; so does everything where recording fails, and a line says why.
     """
-    stream, before, own, graph, logits = torch.cuda.Stream(), 3, (), None, None
-    rates = [torch.zeros((), device=stream.device) for _ in optimizer.param_groups]
+    device = optimizer.param_groups[0]["params"][0].device
+    stream, seen, own, recorded, graph, logits = torch.cuda.Stream(device), 0, None, None, None, None
+    rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
 
     def options() -> list[dict]:
         return [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups]
 
-    recorded = options()
-
     def record(images: torch.Tensor, targets: torch.Tensor) -> None:
-        nonlocal own, graph, logits
+        nonlocal own, recorded, graph, logits
         state = [value for values in optimizer.state.values() for value in values.values() if value is not None]
         if not all(isinstance(value, torch.Tensor) and value.is_cuda for value in state):
             raise RuntimeError(f"{type(optimizer).__name__} keeps numbers outside the GPU")
-        own = images.clone(memory_format=torch.channels_last), targets.clone()
+        own, recorded = (images.clone(memory_format=torch.channels_last), targets.clone()), options()
         floats, new = [group["lr"] for group in optimizer.param_groups], torch.cuda.CUDAGraph()
         try:
             for group, rate in zip(optimizer.param_groups, rates):
@@ -301,19 +300,19 @@ def replayed(
         graph = new
 
     def replay(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        nonlocal before
-        if before:  # beside the current stream, as the recording will be
-            stream.wait_stream(torch.cuda.current_stream())
+        nonlocal seen
+        seen += 1
+        if seen < 4:  # beside the current stream, as the recording will be
+            stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 result = step(images, targets)
-            torch.cuda.current_stream().wait_stream(stream)
-            before -= 1
+            torch.cuda.current_stream(device).wait_stream(stream)
             return result
-        if own == ():
+        if seen == 4:
             try:
                 record(images, targets)
             except Exception as error:  # whatever a model may do that cannot be recorded
-                print(f"recording a CUDA graph fails here ({type(error).__name__}): going on without it")
+                print(f"a CUDA graph cannot be recorded here ({type(error).__name__}: {error}): going on without it")
         if graph is None or images.shape != own[0].shape or options() != recorded:
             return step(images, targets)
         for group, rate in zip(optimizer.param_groups, rates):

@@ -235,4 +235,4 @@ def test_a_step_that_is_replayed_does_what_it_does_as_it_is(kind, calls, monkeyp
     found, called = losses(replayed)
     assert called == calls
     assert found == pytest.approx(expected, rel=1e-4) and len(set(expected)) == 21
-    assert ("going on without it" in capsys.readouterr().out) == (kind == "Adam")
+    assert capsys.readouterr().out.count("going on without it") == (kind == "Adam")
