@@ -5,6 +5,7 @@ data set offers as `set_epoch(epoch)` is called before each epoch. Losses and ac
 whatever the batch sizes: sums are kept on the device (see REDRAW). Nothing that is loaded here can run code.
 """
 
+import atexit
 import contextlib
 import copy
 import csv
@@ -209,6 +210,8 @@ def join_processes() -> tuple[torch.device, int, int]:
     if gpu:
         torch.cuda.set_device(local)
     distributed.init_process_group("nccl" if gpu else "gloo")
+    if not gpu:  # a thread of gloo's that asks a Python that is ending for its lock would abort the process
+        atexit.register(lambda: distributed.is_initialized() and distributed.destroy_process_group())
     if distributed.get_rank():
         sys.stdout = open(os.devnull, "w")
     return torch.device("cuda", local) if gpu else torch.device("cpu"), distributed.get_rank(), distributed.get_world_size()
