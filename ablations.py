@@ -7,6 +7,7 @@ Each run is a line of assets/ablations.csv. What helps becomes the notebook's de
 
 import argparse
 import csv
+import functools
 import shlex
 import subprocess
 import time
@@ -19,13 +20,13 @@ from torch import nn
 
 from dataset import AlbumentationsCIFAR10, AlbumentationsImages, BatchLoader, BatchTransform
 from dataset import find_cifar10, test_transform, train_transform
-from model import Net
-from training_utils import Muon, fit
+from model import Net, convolution
+from training_utils import Muon, fit, forward
 from utils import set_seed
 
 # The notebook's recipe. Every row of CHANGES is this one with the given differences.
 RECIPE = dict(optimizer="Muon", muon_rate=0.015, momentum=0.95, rate=0.2, batch=256, warm_up=0.2, shape="linear", decay=5e-4)
-RECIPE |= dict(smoothing=0.05, average=0.995, dropout=0.0, identity=2, augmentation=list, alternate=False)
+RECIPE |= dict(smoothing=0.05, average=0.995, dropout=0.0, identity=2, augmentation=list, alternate=False, teacher=0)
 
 
 def without(kind: type) -> dict:
@@ -57,6 +58,7 @@ CHANGES = {
     "notebook, dropout 0.03": {"dropout": 0.03},
     "notebook, colour": {"augmentation": lambda steps: [COLOUR, *steps]},
     "notebook, no affine": without(A.Affine),
+    "notebook, distilled": {"teacher": 8, "smoothing": 0.0},
     "notebook, AdamW, rate 3e-3, decay 0.05": {"optimizer": "AdamW", "rate": 3e-3, "decay": 0.05},
 }
 
@@ -73,10 +75,60 @@ class Alternating(BatchTransform):
         return drawn
 
 
+class Teacher(nn.Module):
+    """Three groups of two convolutions, as K. Jordan's airbench has them (2024, arXiv:2404.00498): 569,936 parameters."""
+
+    def __init__(self):
+        super().__init__()
+        layers, channels = [nn.Conv2d(3, 24, 2, bias=False), nn.BatchNorm2d(24), nn.GELU()], 24
+        for width in (64, 128, 128):
+            layers += [convolution(channels, width, 3), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.GELU()]
+            layers += [convolution(width, width, 3), nn.BatchNorm2d(width), nn.GELU()]
+            channels = width
+        self.features = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.BatchNorm2d(channels), nn.Flatten())
+        self.classifier = nn.Linear(channels, 10, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.features(x))
+
+
+class Taught(BatchLoader):
+    """The targets are nine tenths what a teacher sees in the very same pictures (Hinton et al. 2015, arXiv:1503.02531).
+
+    Its logits are halved, a temperature of 2; the network learns the halved ones, which changes no order.
+    """
+
+    def __iter__(self):
+        for images, targets in super().__iter__():
+            with torch.no_grad():
+                seen = forward(self.teacher, images).div(2).softmax(1)
+            yield images, torch.lerp(nn.functional.one_hot(targets, 10).float(), seen, 0.9)
+
+
+@functools.cache  # one for all seeds
+def teacher_of(epochs: int, root: Path, device: torch.device) -> nn.Module:
+    """A teacher that has been trained for so many epochs, on the same images as its pupils."""
+    set_seed(0)
+    teacher = Teacher().to(device)
+    learn(teacher, RECIPE | {"smoothing": 0.0}, loaders_of(RECIPE, 0, root, device), epochs)
+    return teacher.eval()
+
+
 def run(change: dict, seed: int, epochs: int, root: Path, device: torch.device) -> dict[str, float]:
     """Train with the change, and give the last row of its history; its "test" are the images held out."""
     recipe = RECIPE | change
+    loaders = loaders_of(recipe, seed, root, device)
     set_seed(seed)
+    net = Net(dropout=recipe["dropout"]).to(device)
+    for name, module in net.named_modules():  # Net begins with the identity added twice
+        if isinstance(module, nn.Conv2d) and name != "classifier" and recipe["identity"] != 2:
+            module.reset_parameters()
+            module.weight.data += recipe["identity"] * nn.init.dirac_(torch.empty_like(module.weight), module.groups)
+    return learn(net, recipe, loaders, epochs)[-1]
+
+
+def loaders_of(recipe: dict, seed: int, root: Path, device: torch.device) -> list[BatchLoader]:
+    """Those of the images to train on and of those held out."""
     images = AlbumentationsCIFAR10(root)
     order = np.random.default_rng(0).permutation(len(images))  # the same images are held out in all runs
     held = len(images) // 10
@@ -84,15 +136,17 @@ def run(change: dict, seed: int, epochs: int, root: Path, device: torch.device) 
     loaders = []
     for rows, compose in ((order[held:], transform), (order[:held], test_transform())):
         part = AlbumentationsImages(images.data[rows], [images.targets[i] for i in rows], images.classes, compose, seed)
-        loaders.append(BatchLoader(part, recipe["batch"] if not loaders else 1000, shuffle=not loaders, device=device))
+        kind = Taught if recipe["teacher"] and not loaders else BatchLoader
+        loaders.append(kind(part, recipe["batch"] if not loaders else 1000, shuffle=not loaders, device=device))
     if recipe["alternate"]:
         loaders[0].transform = Alternating(transform, device)
+    if recipe["teacher"]:
+        loaders[0].teacher = teacher_of(recipe["teacher"], root, device)
+    return loaders
 
-    net = Net(dropout=recipe["dropout"]).to(device)
-    for name, module in net.named_modules():  # Net begins with the identity added twice
-        if isinstance(module, nn.Conv2d) and name != "classifier" and recipe["identity"] != 2:
-            module.reset_parameters()
-            module.weight.data += recipe["identity"] * nn.init.dirac_(torch.empty_like(module.weight), module.groups)
+
+def learn(net: nn.Module, recipe: dict, loaders: list[BatchLoader], epochs: int) -> list[dict[str, float]]:
+    """Train the network in place, and give the history."""
     named = list(net.named_parameters())
     norms = [p for _, p in named if p.ndim == 1]
     filters = [p for name, p in named if p.ndim > 1 and ("depthwise" in name or "classifier" in name)]
@@ -114,7 +168,7 @@ def run(change: dict, seed: int, epochs: int, root: Path, device: torch.device) 
         return float(0.5 - 0.5 * np.cos(np.pi * place)) if falling and recipe["shape"] == "cosine" else float(place)
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-    history = fit(
+    return fit(
         net,
         *loaders,
         optimizer,
@@ -122,9 +176,8 @@ def run(change: dict, seed: int, epochs: int, root: Path, device: torch.device) 
         epochs=epochs,
         label_smoothing=recipe["smoothing"],
         ema_decay=recipe["average"],
-        compile=epochs >= 8,
+        compile=epochs >= 16,
     )
-    return history[-1]
 
 
 def main() -> None:
