@@ -26,7 +26,7 @@ from utils import set_seed
 
 # The notebook's recipe. Every row of CHANGES is this one with the given differences.
 RECIPE = dict(optimizer="Muon", muon_rate=0.015, momentum=0.95, rate=0.2, batch=256, warm_up=0.2, shape="linear", decay=5e-4)
-RECIPE |= dict(smoothing=0.05, average=0.995, dropout=0.0, identity=2, augmentation=list, alternate=False, teacher=0, kept=0.0)
+RECIPE |= dict(smoothing=0.05, average=0.995, dropout=0.0, identity=2, augmentation=list, alternate=False, teacher=0)
 
 
 def without(kind: type) -> dict:
@@ -50,9 +50,6 @@ CHANGES = {
     "Muon, rate 0.05, identity added twice, momentum 0.85": MUON | {"identity": 2, "momentum": 0.85},
     "Muon, rate 0.05, identity added twice, affine": SHORT,
     "notebook": {},
-    "notebook, identity kept 0.5": {"kept": 0.5},
-    "notebook, identity kept 1": {"kept": 1.0},
-    "notebook, identity kept 2": {"kept": 2.0},
     "notebook, cosine": {"shape": "cosine"},
     "notebook, batch 128": {"batch": 128, "muon_rate": 0.01, "rate": 0.14, "average": 0.9975},
     "notebook, weight decay 1e-3": {"decay": 1e-3},
@@ -160,7 +157,7 @@ def learn(net: nn.Module, recipe: dict, loaders: list[BatchLoader], epochs: int)
         optimizer = torch.optim.AdamW(groups, lr=recipe["rate"], fused=True, capturable=device.type == "cuda")
     elif recipe["optimizer"] == "Muon":
         sgd = [group | {"lr": recipe["rate"], "momentum": 0.9, "orthogonal": False} for group in groups]
-        optimizer = Muon([{"params": banks, "identity": recipe["kept"]}, *sgd], lr=recipe["muon_rate"], momentum=recipe["momentum"])
+        optimizer = Muon([{"params": banks}, *sgd], lr=recipe["muon_rate"], momentum=recipe["momentum"])
     else:
         optimizer = torch.optim.SGD(groups, lr=recipe["rate"], momentum=0.9, nesterov=True, fused=True)
     steps = epochs * len(loaders[0])

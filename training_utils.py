@@ -134,13 +134,8 @@ class Muon(torch.optim.Optimizer):
         weight_decay: this share of the weights is added to the gradient; leave it 0 for orthogonal groups.
     """
 
-    def __init__(self, groups: Iterable, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, orthogonal: bool = True, identity: float = 0.0):
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "orthogonal": orthogonal, "identity": identity})
-
-    def home(self, p):
-        if "home" not in self.state[p]:
-            self.state[p]["home"] = torch.empty_like(p).copy_(nn.init.dirac_(torch.empty(p.shape)))
-        return self.state[p]["home"]
+    def __init__(self, groups: Iterable, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, orthogonal: bool = True):
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "orthogonal": orthogonal})
 
     @torch.no_grad()
     def step(self) -> None:
@@ -160,11 +155,8 @@ class Muon(torch.optim.Optimizer):
             updates = torch._foreach_add(gradients, momenta, alpha=group["momentum"])
             if group["orthogonal"]:
                 updates = orthogonal(updates)
-                homes = [matrix(self.home(p)) for p in parameters]
-                torch._foreach_sub_(weights, homes, alpha=group["identity"])
                 torch._foreach_div_(weights, torch._foreach_norm(weights))
                 torch._foreach_mul_(weights, [len(p) ** 0.5 for p in parameters])
-                torch._foreach_add_(weights, homes, alpha=group["identity"])
             torch._foreach_mul_(updates, group["lr"])
             torch._foreach_sub_(weights, updates)
 
