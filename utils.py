@@ -127,30 +127,23 @@ HEADER = 5  # the row of the headings; the row below it is the input, then one r
 TINTS = ("DDEBF7", "E2EFDA", "FFF2CC", "FCE4D6", "EDE7F6")
 
 
-def write_receptive_field_workbook(
-    model: nn.Module, path: str | Path, input_size: tuple[int, int, int] = (3, 32, 32), groups: list | None = None
-) -> None:
+def write_receptive_field_workbook(model: nn.Module, path: str | Path, input_size: tuple[int, int, int] = (3, 32, 32)) -> None:
     """Writes `receptive_field(model, input_size)` as a workbook in which every computed cell is a live formula.
 
-    The last cell is the receptive field of the last layer. The same model gives the same bytes; the file appears
-    at `path` complete or not at all.
+    The last cell is the receptive field of the last layer. Layers whose names have one first part share a colour. The
+    same model gives the same bytes; the file appears at `path` complete or not at all.
 
     Args:
         model: a chain of layers, each fed by the one before.
         path: the .xlsx file, replaced where it exists.
         input_size: (channels, side, side).
-        groups: a label for each layer; those with one label share a colour. By default the first part of the
-            module's name.
 
     Raises:
-        ValueError: no layers, a branch, a pool that rounds its size up, or too few or too many groups.
+        ValueError: no layers, a branch, or a pool that rounds its size up.
     """
     rows = receptive_field(model, input_size)
     if not rows:
         raise ValueError("expected a model with convolutions or pools, found none: there is nothing to write")
-    groups = [row["name"].split(".")[0] for row in rows] if groups is None else list(groups)
-    if len(groups) != len(rows):
-        raise ValueError(f"expected {len(rows)} groups, one a layer, found {len(groups)}: give one label for each row")
     image = dict(name="image", size_out=input_size[1], jump_out=1, rf_out=1)
     for before, row in zip([image, *rows], rows):
         reach = row["size_in"] + 2 * row["padding"] - row["dilation"] * (row["kernel"] - 1) - 1
@@ -191,9 +184,9 @@ def write_receptive_field_workbook(
         put(HEADER, column, heading, color="FFFFFF", bold=True, fill="1F3864", left=column == 1)
         width = max(len(row["name"]) for row in rows) + 4 if key == "name" else len(heading) + 3
         sheet.column_dimensions[get_column_letter(column)].width = width
-    tints = {None: "F2F2F2"}
-    for r, (row, group) in enumerate(zip([image, *rows], [None, *groups]), HEADER + 1):
-        fill = tints.setdefault(group, TINTS[(len(tints) - 1) % len(TINTS)])
+    tints = {"image": "F2F2F2"}
+    for r, row in enumerate([image, *rows], HEADER + 1):
+        fill = tints.setdefault(row["name"].split(".")[0], TINTS[(len(tints) - 1) % len(TINTS)])
         formulas = dict(
             size_in=f"=G{r - 1}",
             size_out=f"=INT((F{r}+2*D{r}-E{r}*(B{r}-1)-1)/C{r})+1",
@@ -381,24 +374,23 @@ def predict(model: nn.Module, images, transform, classes, top_k: int = 3) -> lis
     return [[(classes[c], p) for p, c in zip(*pair)] for pair in zip(top.values.tolist(), top.indices.tolist())]
 
 
-def calibration(targets: torch.Tensor, probabilities: torch.Tensor, bins: int = 10) -> tuple[list[dict[str, float]], float]:
+def calibration(targets: torch.Tensor, probabilities: torch.Tensor) -> tuple[list[dict[str, float]], float]:
     """Whether the model is right as often as it says, by its confidence, the probability of the class that it names.
 
     Args:
         targets, probabilities: as `predictions` gives them.
-        bins: into how many parts of equal width [0, 1] is divided.
 
     Returns:
-        A dict for each bin that is not empty: count, confidence and accuracy (means over its images, in [0, 1]); and
-        the expected calibration error, the mean of their difference over all images, in [0, 1] (Guo et al. 2017, On
-        Calibration of Modern Neural Networks, arXiv:1706.04599).
+        A dict for each tenth of [0, 1] in which a confidence lies: count, confidence and accuracy (means over its images,
+        in [0, 1]); and the expected calibration error, the mean of their difference over all images, in [0, 1] (Guo et
+        al. 2017, On Calibration of Modern Neural Networks, arXiv:1706.04599).
     """
     confidence, named = probabilities.double().max(1)
     right = (named == targets).double()
-    place = (confidence * bins).long().clamp(max=bins - 1)
+    place = (confidence * 10).long().clamp(max=9)
     rows = [
         {"count": len(inside), "confidence": confidence[inside].mean().item(), "accuracy": right[inside].mean().item()}
-        for inside in ((place == i).nonzero().flatten() for i in range(bins))
+        for inside in ((place == i).nonzero().flatten() for i in range(10))
         if len(inside)
     ]
     return rows, sum(row["count"] * abs(row["confidence"] - row["accuracy"]) for row in rows) / len(targets)
