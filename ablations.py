@@ -17,21 +17,22 @@ import albumentations as A
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from dataset import AlbumentationsCIFAR10, AlbumentationsImages, BatchLoader, BatchTransform
 from dataset import find_cifar10, test_transform, train_transform
-from model import Net, convolution
-from training_utils import Muon, fit, forward
-from utils import set_seed
+from model import Net, Teacher, whitening
+from training_utils import Muon, autocast, fit
+from utils import predictions, set_seed
 
 # The notebook's recipe. Every row of CHANGES is this one with the given differences.
 RECIPE = dict(optimizer="Muon", muon_rate=0.015, momentum=0.95, rate=0.2, batch=256, warm_up=0.2, shape="linear", decay=5e-4)
-RECIPE |= dict(smoothing=0.05, average=0.995, dropout=0.0, identity=2, augmentation=list, alternate=False, teacher=0)
+RECIPE |= dict(smoothing=0.05, average=0.995, dropout=0.0, identity=2, augmentation=list, alternate=False, teacher=0, temperature=1)
 
 
-def without(kind: type) -> dict:
-    """The augmentation without the transforms of that kind."""
-    return {"augmentation": lambda steps: [step for step in steps if not isinstance(step, kind)]}
+def without(*kinds: type) -> dict:
+    """The augmentation without the transforms of these kinds."""
+    return {"augmentation": lambda steps: [step for step in steps if not isinstance(step, kinds)]}
 
 
 COLOUR = A.RandomBrightnessContrast(0.2, 0.2, p=0.5)
@@ -58,7 +59,8 @@ CHANGES = {
     "notebook, dropout 0.03": {"dropout": 0.03},
     "notebook, colour": {"augmentation": lambda steps: [COLOUR, *steps]},
     "notebook, no affine": without(A.Affine),
-    "notebook, distilled": {"teacher": 8, "smoothing": 0.0},
+    "notebook, distilled once": {"teacher": 10, "smoothing": 0.0},
+    "notebook, distilled once, temperature 2": {"teacher": 10, "smoothing": 0.0, "temperature": 2},
     "notebook, AdamW, rate 3e-3, decay 0.05": {"optimizer": "AdamW", "rate": 3e-3, "decay": 0.05},
 }
 
@@ -75,43 +77,29 @@ class Alternating(BatchTransform):
         return drawn
 
 
-class Teacher(nn.Module):
-    """Three groups of two convolutions, as K. Jordan's airbench has them (2024, arXiv:2404.00498): 569,936 parameters."""
-
-    def __init__(self):
-        super().__init__()
-        layers, channels = [nn.Conv2d(3, 24, 2, bias=False), nn.BatchNorm2d(24), nn.GELU()], 24
-        for width in (64, 128, 128):
-            layers += [convolution(channels, width, 3), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.GELU()]
-            layers += [convolution(width, width, 3), nn.BatchNorm2d(width), nn.GELU()]
-            channels = width
-        self.features = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.BatchNorm2d(channels), nn.Flatten())
-        self.classifier = nn.Linear(channels, 10, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.features(x))
-
-
-class Taught(BatchLoader):
-    """The targets are nine tenths what a teacher sees in the very same pictures (Hinton et al. 2015, arXiv:1503.02531).
-
-    Its logits are halved, a temperature of 2; the network learns the halved ones, which changes no order.
-    """
-
-    def __iter__(self):
-        for images, targets in super().__iter__():
-            with torch.no_grad():
-                seen = forward(self.teacher, images).div(2).softmax(1)
-            yield images, torch.lerp(nn.functional.one_hot(targets, 10).float(), seen, 0.9)
-
-
 @functools.cache  # one for all seeds
 def teacher_of(epochs: int, root: Path, device: torch.device) -> nn.Module:
-    """A teacher that has been trained for so many epochs, on the same images as its pupils."""
+    """A teacher that has been trained for so many epochs, on the same images as its pupils, of which it sees more."""
     set_seed(0)
-    teacher = Teacher().to(device)
-    learn(teacher, RECIPE | {"smoothing": 0.0}, loaders_of(RECIPE, 0, root, device), epochs)
+    recipe = RECIPE | {"smoothing": 0.0} | without(A.Affine, A.CoarseDropout)
+    loaders = loaders_of(recipe, 0, root, device)
+    teacher = Teacher(whitening(next(iter(loaders[0]))[0])).to(device)
+    learn(teacher, recipe, loaders, epochs)
     return teacher.eval()
+
+
+def taught(images: AlbumentationsImages, teacher: nn.Module, temperature: float, device: torch.device) -> torch.Tensor:
+    """Targets (N, 10): a tenth is the label, the rest what a teacher sees in each image and its mirror image.
+
+    Its logits are divided by the temperature (Hinton et al. 2015, arXiv:1503.02531).
+    """
+    seen = []
+    for view in (test_transform(), A.Compose([A.HorizontalFlip(p=1), *test_transform()])):
+        loader = BatchLoader(AlbumentationsImages(images.data, images.targets, images.classes, view), 1000, False, device)
+        with autocast(device):
+            shares = predictions(teacher, tqdm(loader, "Targets"))[1] ** (1 / temperature)
+        seen.append(shares / shares.sum(1, keepdim=True))
+    return torch.lerp(torch.eye(10)[images.targets], sum(seen) / 2, 0.9).to(device)
 
 
 def run(change: dict, seed: int, epochs: int, root: Path, device: torch.device) -> dict[str, float]:
@@ -133,25 +121,24 @@ def loaders_of(recipe: dict, seed: int, root: Path, device: torch.device) -> lis
     order = np.random.default_rng(0).permutation(len(images))  # the same images are held out in all runs
     held = len(images) // 10
     transform = A.Compose(recipe["augmentation"](list(train_transform())))
-    loaders = []
+    parts, loaders = [], []
     for rows, compose in ((order[held:], transform), (order[:held], test_transform())):
-        part = AlbumentationsImages(images.data[rows], [images.targets[i] for i in rows], images.classes, compose, seed)
-        kind = Taught if recipe["teacher"] and not loaders else BatchLoader
-        loaders.append(kind(part, recipe["batch"] if not loaders else 1000, shuffle=not loaders, device=device))
+        parts.append(AlbumentationsImages(images.data[rows], [images.targets[i] for i in rows], images.classes, compose, seed))
+        loaders.append(BatchLoader(parts[-1], recipe["batch"] if not loaders else 1000, shuffle=not loaders, device=device))
     if recipe["alternate"]:
         loaders[0].transform = Alternating(transform, device)
     if recipe["teacher"]:
-        loaders[0].teacher = teacher_of(recipe["teacher"], root, device)
+        loaders[0].targets = taught(parts[0], teacher_of(recipe["teacher"], root, device), recipe["temperature"], device)
     return loaders
 
 
 def learn(net: nn.Module, recipe: dict, loaders: list[BatchLoader], epochs: int) -> list[dict[str, float]]:
     """Train the network in place, and give the history."""
-    named = list(net.named_parameters())
+    named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     norms = [p for _, p in named if p.ndim == 1]
     filters = [p for name, p in named if p.ndim > 1 and ("depthwise" in name or "classifier" in name)]
     banks = [p for name, p in named if p.ndim > 1 and not ("depthwise" in name or "classifier" in name)]
-    decayed = filters if recipe["optimizer"] == "Muon" else [p for p in net.parameters() if p.ndim > 1]
+    decayed = filters if recipe["optimizer"] == "Muon" else [p for _, p in named if p.ndim > 1]
     groups = [{"params": decayed, "weight_decay": recipe["decay"]}, {"params": norms, "weight_decay": 0.0}]
     if recipe["optimizer"] == "AdamW":
         optimizer = torch.optim.AdamW(groups, lr=recipe["rate"], fused=True, capturable=device.type == "cuda")
