@@ -53,12 +53,12 @@ def precision(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
 
-    def seconds(dtype: torch.dtype) -> float:
-        matrix = torch.ones(512, 512, dtype=dtype)
-        return min(timeit.repeat(lambda: matrix @ matrix, repeat=8, number=1)[1:])  # the first one warms up
-
+    matrices = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    # In turn and often: what else the machine does for a moment shall not decide. The best round is that of a warm processor.
+    rounds = [[timeit.timeit(lambda: matrix @ matrix, number=1) for matrix in matrices] for _ in range(30)]
+    low, full = map(min, zip(*rounds))
     # A clear difference, as it is where there is one: two runs on one machine shall not choose differently.
-    faster = torch.tensor(seconds(torch.bfloat16) < 0.7 * seconds(torch.float32))
+    faster = torch.tensor(low < 0.7 * full)
     if distributed.is_initialized():  # nor two processes of one run
         distributed.broadcast(faster, 0)
     return torch.bfloat16 if faster else torch.float32
