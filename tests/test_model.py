@@ -12,9 +12,10 @@ import torch
 from conftest import REPOSITORY
 
 import model
+from ablations import Teacher, whitening
 from dataset import ASSETS, AlbumentationsCIFAR10, BatchLoader, image_folder
 from dataset import test_transform as no_augmentation
-from model import Dropout, Net, Teacher, whitening
+from model import Dropout, Net
 
 
 def test_parameters_and_shapes():

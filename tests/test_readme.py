@@ -124,6 +124,13 @@ def test_numbers_are_the_history_s():
         assert (epoch, taken) == (str(reached), f"{sum(seconds[:reached]) / 60:.0f}")
     own = {f"{last['test_accuracy']:.2f} %", f"{last['train_accuracy']:.2f} %", *accuracies_on_gpu()[0], *re.findall(r"\d\d\.\d\d%", PRINTED)}
     tried = {f"{float(run['accuracy']):.2f} %" for run in ABLATIONS}
+    with open(ASSETS / "history_distilled.csv") as file:
+        distilled = list(csv.DictReader(file))
+    for network, text in (("Teacher", "the teacher reached {} % on test in {} minutes"), ("Net", "the network after 100 epochs {} %, in {} (")):
+        run = [row for row in distilled if row["network"] == network]
+        accuracy = f"{float(run[-1]['test_accuracy']):.2f}"
+        assert text.format(accuracy, round(sum(float(row["seconds"]) for row in run) / 60)) in README
+        tried.add(f"{accuracy} %")
     tried |= set(re.findall(r"(?m)^\| [^|]+ \| \d+ \| (\d\d\.\d\d %) \| \d\.\d{3} \| \d\.\d{3} \| \d+ \|$", README))
     preset = set(re.findall(r"EPOCHS=16` reached (\d\d\.\d\d %)|reached (\d\d\.\d\d %) there in as long", README))
     preset = {accuracy for pair in preset for accuracy in pair}
