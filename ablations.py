@@ -112,7 +112,7 @@ def whitening(images: torch.Tensor) -> torch.Tensor:
 
 @functools.cache  # one for all seeds
 def teacher_of(epochs: int, root: Path, device: torch.device) -> nn.Module:
-    """A teacher that has been trained for so many epochs, on the same images as its pupils, of which it sees more."""
+    """A teacher that has been trained for so many epochs, on the same images as its pupils, without the turns and the holes."""
     set_seed(0)
     recipe = RECIPE | {"smoothing": 0.0} | without(A.Affine, A.CoarseDropout)
     loaders = loaders_of(recipe, 0, root, device)

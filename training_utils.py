@@ -54,8 +54,10 @@ def precision(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
 
     matrices = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
-    # In turn and often: what else the machine does for a moment shall not decide. The best round is that of a warm processor.
-    rounds = [[timeit.timeit(lambda: matrix @ matrix, number=1) for matrix in matrices] for _ in range(30)]
+    rounds, end = [], time.perf_counter() + 0.1
+    # In turn: what else the machine does for a moment shall not decide. At least three: the first one warms up.
+    while len(rounds) < 3 or time.perf_counter() < end:
+        rounds.append([timeit.timeit(lambda: matrix @ matrix, number=1) for matrix in matrices])
     low, full = map(min, zip(*rounds))
     # A clear difference, as it is where there is one: two runs on one machine shall not choose differently.
     faster = torch.tensor(low < 0.7 * full)
