@@ -133,11 +133,11 @@ def test_without_data_or_network_the_sample_or_one_line(server, tmp_path, capsys
     root = tmp_path / "nowhere"
     assert find_cifar10(root) == ASSETS
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and all("404" in line for line in lines[:2]) and "embedded sample" in lines[2]
+    assert len(lines) == 3 and all("Error 404" in line for line in lines[:2]) and "embedded sample" in lines[2]
     with pytest.raises(FileNotFoundError) as error:
         find_cifar10(root, "full")
     message = str(error.value)
-    assert "\n" not in message and message.count("404") == 2 and "put the folder cifar-10-batches-py" in message
+    assert "\n" not in message and message.count("Error 404") == 2 and "put the folder cifar-10-batches-py" in message
     assert find_cifar10(root, "sample") == ASSETS
     with pytest.raises(ValueError, match="'some'"):
         find_cifar10(root, "some")
