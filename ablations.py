@@ -28,11 +28,17 @@ from utils import predictions, set_seed
 # The notebook's recipe. Every row of CHANGES is this one with the given differences.
 RECIPE = dict(optimizer="Muon", muon_rate=0.015, momentum=0.95, rate=0.2, batch=256, warm_up=0.2, shape="linear", decay=5e-4)
 RECIPE |= dict(smoothing=0.05, average=0.995, dropout=0.0, identity=2, augmentation=list, alternate=False, teacher=0, temperature=1)
+RECIPE |= dict(late=0, late_augmentation=list)  # so many epochs, the last ones, have an augmentation of their own
 
 
-def without(*kinds: type) -> dict:
+def without(*kinds: type, name: str = "augmentation") -> dict:
     """The augmentation without the transforms of these kinds."""
-    return {"augmentation": lambda steps: [step for step in steps if not isinstance(step, kinds)]}
+    return {name: lambda steps: [step for step in steps if not isinstance(step, kinds)]}
+
+
+def lately(epochs: int, *kinds: type) -> dict:
+    """The last epochs without the transforms of these kinds."""
+    return {"late": epochs} | without(*kinds, name="late_augmentation")
 
 
 COLOUR = A.RandomBrightnessContrast(0.2, 0.2, p=0.5)
@@ -59,6 +65,9 @@ CHANGES = {
     "notebook, dropout 0.03": {"dropout": 0.03},
     "notebook, colour": {"augmentation": lambda steps: [COLOUR, *steps]},
     "notebook, no affine": without(A.Affine),
+    "notebook, last 10 epochs without affine and cutout": lately(10, A.Affine, A.CoarseDropout),
+    "notebook, last 20 epochs without affine and cutout": lately(20, A.Affine, A.CoarseDropout),
+    "notebook, last 20 epochs without cutout": lately(20, A.CoarseDropout),
     "notebook, distilled once, temperature 1": {"teacher": 10, "smoothing": 0.0},
     "notebook, distilled once, temperature 2": {"teacher": 10, "smoothing": 0.0, "temperature": 2},
     "notebook, AdamW, rate 3e-3, decay 0.05": {"optimizer": "AdamW", "rate": 3e-3, "decay": 0.05},
@@ -188,6 +197,12 @@ def learn(net: nn.Module, recipe: dict, loaders: list[BatchLoader], epochs: int)
         return float(0.5 - 0.5 * np.cos(np.pi * place)) if falling and recipe["shape"] == "cosine" else float(place)
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+    def on_epoch(row: dict[str, float]) -> None:
+        if row["epoch"] == epochs - recipe["late"]:
+            late = A.Compose(recipe["late_augmentation"](list(train_transform())))
+            loaders[0].transform = BatchTransform(late, loaders[0].images.device)
+
     return fit(
         net,
         *loaders,
@@ -197,6 +212,7 @@ def learn(net: nn.Module, recipe: dict, loaders: list[BatchLoader], epochs: int)
         label_smoothing=recipe["smoothing"],
         ema_decay=recipe["average"],
         compile=epochs >= 16,
+        on_epoch=on_epoch,
     )
 
 
