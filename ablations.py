@@ -7,7 +7,6 @@ Each run is a line of assets/ablations.csv. What helps becomes the notebook's de
 
 import argparse
 import csv
-import functools
 import shlex
 import subprocess
 import time
@@ -17,28 +16,27 @@ import albumentations as A
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from dataset import AlbumentationsCIFAR10, AlbumentationsImages, BatchLoader, BatchTransform
 from dataset import find_cifar10, test_transform, train_transform
-from model import Net, convolution
-from training_utils import Muon, autocast, fit
-from utils import predictions, set_seed
+from model import Net
+from training_utils import Muon, fit
+from utils import set_seed
 
 # The notebook's recipe. Every row of CHANGES is this one with the given differences.
 RECIPE = dict(optimizer="Muon", muon_rate=0.015, momentum=0.95, rate=0.2, batch=256, warm_up=0.2, shape="linear", decay=5e-4)
-RECIPE |= dict(smoothing=0.05, average=0.995, dropout=0.0, identity=2, augmentation=list, alternate=False, teacher=0, temperature=1)
+RECIPE |= dict(smoothing=0.05, average=0.995, dropout=0.0, identity=2, augmentation=list, alternate=False)
 RECIPE |= dict(late=0, late_augmentation=list)  # so many epochs, the last ones, have an augmentation of their own
 
 
-def without(*kinds: type, name: str = "augmentation") -> dict:
+def without(*kinds: type) -> dict:
     """The augmentation without the transforms of these kinds."""
-    return {name: lambda steps: [step for step in steps if not isinstance(step, kinds)]}
+    return {"augmentation": lambda steps: [step for step in steps if not isinstance(step, kinds)]}
 
 
 def lately(epochs: int, *kinds: type) -> dict:
     """The last epochs without the transforms of these kinds."""
-    return {"late": epochs} | without(*kinds, name="late_augmentation")
+    return {"late": epochs, "late_augmentation": without(*kinds)["augmentation"]}
 
 
 COLOUR = A.RandomBrightnessContrast(0.2, 0.2, p=0.5)
@@ -68,8 +66,6 @@ CHANGES = {
     "notebook, last 10 epochs without affine and cutout": lately(10, A.Affine, A.CoarseDropout),
     "notebook, last 20 epochs without affine and cutout": lately(20, A.Affine, A.CoarseDropout),
     "notebook, last 20 epochs without cutout": lately(20, A.CoarseDropout),
-    "notebook, distilled once, temperature 1": {"teacher": 10, "smoothing": 0.0},
-    "notebook, distilled once, temperature 2": {"teacher": 10, "smoothing": 0.0, "temperature": 2},
     "notebook, AdamW, rate 3e-3, decay 0.05": {"optimizer": "AdamW", "rate": 3e-3, "decay": 0.05},
 }
 
@@ -84,64 +80,6 @@ class Alternating(BatchTransform):
             if isinstance(step, A.HorizontalFlip):
                 found["applied"] = first ^ bool(epoch % 2)
         return drawn
-
-
-class Teacher(nn.Module):
-    """Three groups of two convolutions, as K. Jordan's airbench has them (2024, arXiv:2404.00498): 1,973,328 parameters.
-
-    The first layer stays as it is: the filters (24, 3, 2, 2) that `whitening` finds.
-    """
-
-    def __init__(self, filters: torch.Tensor):
-        super().__init__()
-        first = nn.Conv2d(3, len(filters), 2, bias=False).requires_grad_(False)
-        first.weight.copy_(filters)
-        layers, channels = [first, nn.BatchNorm2d(len(filters)), nn.GELU()], len(filters)
-        for width in (64, 256, 256):
-            layers += [convolution(channels, width, 3), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.GELU()]
-            layers += [convolution(width, width, 3), nn.BatchNorm2d(width), nn.GELU()]
-            channels = width
-        self.features = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.BatchNorm2d(channels), nn.Flatten())
-        self.classifier = nn.Linear(channels, 10, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.features(x))
-
-
-def whitening(images: torch.Tensor) -> torch.Tensor:
-    """Filters (24, 3, 2, 2), the second half the negative of the first, that whiten 2x2 patches of images (N, 3, H, W) like these.
-
-    The answers of each half have no correlation, and variance 1 where the patches vary by much more than 5e-3.
-    """
-    patches = nn.functional.unfold(images, 2).movedim(1, 0).flatten(1)
-    variances, directions = torch.linalg.eigh(torch.cov(patches))
-    filters = (directions / (variances + 5e-3).sqrt()).T.reshape(-1, 3, 2, 2)
-    return torch.cat([filters, -filters])
-
-
-@functools.cache  # one for all seeds
-def teacher_of(epochs: int, root: Path, device: torch.device) -> nn.Module:
-    """A teacher that has been trained for so many epochs, on the same images as its pupils, without the turns and the holes."""
-    set_seed(0)
-    recipe = RECIPE | {"smoothing": 0.0} | without(A.Affine, A.CoarseDropout)
-    loaders = loaders_of(recipe, 0, root, device)
-    teacher = Teacher(whitening(next(iter(loaders[0]))[0])).to(device)
-    learn(teacher, recipe, loaders, epochs)
-    return teacher.eval()
-
-
-def taught(images: AlbumentationsImages, teacher: nn.Module, temperature: float, device: torch.device) -> torch.Tensor:
-    """Targets (N, 10): a tenth is the label, the rest what a teacher sees in each image and its mirror image.
-
-    Its logits are divided by the temperature (Hinton et al. 2015, arXiv:1503.02531).
-    """
-    seen = []
-    for view in (test_transform(), A.Compose([A.HorizontalFlip(p=1), *test_transform()])):
-        loader = BatchLoader(AlbumentationsImages(images.data, images.targets, images.classes, view), 1000, False, device)
-        with autocast(device):
-            shares = predictions(teacher, tqdm(loader, "Targets"))[1] ** (1 / temperature)
-        seen.append(shares / shares.sum(1, keepdim=True))
-    return torch.lerp(torch.eye(10)[images.targets], sum(seen) / 2, 0.9).to(device)
 
 
 def run(change: dict, seed: int, epochs: int, root: Path, device: torch.device) -> dict[str, float]:
@@ -163,27 +101,25 @@ def loaders_of(recipe: dict, seed: int, root: Path, device: torch.device) -> lis
     order = np.random.default_rng(0).permutation(len(images))  # the same images are held out in all runs
     held = len(images) // 10
     transform = A.Compose(recipe["augmentation"](list(train_transform())))
-    parts, loaders = [], []
+    loaders = []
     for rows, compose in ((order[held:], transform), (order[:held], test_transform())):
-        parts.append(AlbumentationsImages(images.data[rows], [images.targets[i] for i in rows], images.classes, compose, seed))
-        loaders.append(BatchLoader(parts[-1], recipe["batch"] if not loaders else 1000, shuffle=not loaders, device=device))
+        part = AlbumentationsImages(images.data[rows], [images.targets[i] for i in rows], images.classes, compose, seed)
+        loaders.append(BatchLoader(part, recipe["batch"] if not loaders else 1000, shuffle=not loaders, device=device))
     if recipe["alternate"]:
         loaders[0].transform = Alternating(transform, device)
-    if recipe["teacher"]:
-        loaders[0].targets = taught(parts[0], teacher_of(recipe["teacher"], root, device), recipe["temperature"], device)
     return loaders
 
 
 def learn(net: nn.Module, recipe: dict, loaders: list[BatchLoader], epochs: int) -> list[dict[str, float]]:
     """Train the network in place, and give the history."""
-    named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+    named = list(net.named_parameters())
     norms = [p for _, p in named if p.ndim == 1]
     filters = [p for name, p in named if p.ndim > 1 and ("depthwise" in name or "classifier" in name)]
     banks = [p for name, p in named if p.ndim > 1 and not ("depthwise" in name or "classifier" in name)]
     decayed = filters if recipe["optimizer"] == "Muon" else [p for _, p in named if p.ndim > 1]
     groups = [{"params": decayed, "weight_decay": recipe["decay"]}, {"params": norms, "weight_decay": 0.0}]
     if recipe["optimizer"] == "AdamW":
-        optimizer = torch.optim.AdamW(groups, lr=recipe["rate"], fused=True, capturable=device.type == "cuda")
+        optimizer = torch.optim.AdamW(groups, lr=recipe["rate"], fused=True, capturable=banks[0].is_cuda)
     elif recipe["optimizer"] == "Muon":
         sgd = [group | {"lr": recipe["rate"], "momentum": 0.9, "orthogonal": False} for group in groups]
         optimizer = Muon([{"params": banks}, *sgd], lr=recipe["muon_rate"], momentum=recipe["momentum"])

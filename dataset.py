@@ -623,7 +623,6 @@ class BatchLoader:
 
     Yields (images float32 (B, 3, 32, 32), targets int64 (B,)) on the device. Shuffled, the order is new in each
     epoch, by (seed, epoch); a last batch of a single image, which batch norm cannot train on, is left out then.
-    `targets` (N,) may be replaced by probabilities (N, classes) on the device, such as a teacher finds: rows of it follow.
 
     Of several `processes`, this one, `rank`, gets every so many-th image of each batch, augmented as one process alone
     would have it. Shuffled, all get the same number: the last batch is cut to what they can share, and left out where

@@ -345,8 +345,7 @@ def train(
     `step` is a `gradient_step`; by default one with this model, optimizer and label smoothing.
 
     Returns the mean cross-entropy (without label smoothing, so that it compares with `test`'s) and the
-    accuracy in percent over all the epoch's samples, each as the model was when it saw them. Targets may be
-    probabilities (B, C), as a teacher makes them; the most probable class is the right one then.
+    accuracy in percent over all the epoch's samples, each as the model was when it saw them.
     Raises FloatingPointError for a loss that is NaN or infinite: at once on a CPU, within half a second on a GPU.
     Raises ValueError for a loader without batches.
     """
@@ -366,7 +365,7 @@ def train(
             after_step()
             with torch.no_grad():
                 loss_sum += F.cross_entropy(logits, targets, reduction="sum")
-                correct += (logits.argmax(1) == (targets if targets.ndim == 1 else targets.argmax(1))).sum()
+                correct += (logits.argmax(1) == targets).sum()
                 finite += (finite == batch_id) & loss_sum.isfinite()
             seen += len(targets)
             if last := batch_id + 1 == len(loader):

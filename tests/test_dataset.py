@@ -99,8 +99,6 @@ def test_batch_loader_visits_every_image_once_in_an_order_of_its_own_each_epoch(
     pictures, targets = next(iter(BatchLoader(images, 500, shuffle=False)))
     expected = torch.stack([images[i][0] for i in range(500)])
     assert targets.tolist() == list(range(500)) and (pictures - expected).abs().max() < 1e-5
-    loader.targets = torch.eye(500)[loader.targets]  # probabilities
-    assert torch.cat([targets for _, targets in loader]).argmax(1).tolist() == orders[-1]
     assert [len(targets) for _, targets in BatchLoader(images, 499, shuffle=True)] == [499], "one image is no batch"
     with pytest.raises(ValueError, match="batch_size >= 1"):
         BatchLoader(images, -1, shuffle=True)

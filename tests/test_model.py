@@ -12,7 +12,6 @@ import torch
 from conftest import REPOSITORY
 
 import model
-from ablations import Teacher, whitening
 from dataset import ASSETS, AlbumentationsCIFAR10, BatchLoader, image_folder
 from dataset import test_transform as no_augmentation
 from model import Dropout, Net
@@ -181,21 +180,6 @@ def test_dropout_drops_the_share_it_says_and_keeps_the_mean(memory_format):
         assert abs(both - 0.01) < 0.0012
     dropped.sum().backward()
     assert torch.equal(ones.grad, dropped.detach())
-
-
-def test_the_teacher_sees_whitened_patches_and_learns_the_rest():
-    loader = BatchLoader(AlbumentationsCIFAR10(ASSETS, transform=no_augmentation()), 100, shuffle=True)
-    images, targets = next(iter(loader))
-    teacher = Teacher(whitening(images))
-    assert sum(p.numel() for p in teacher.parameters()) == 1_973_328
-    answers = teacher.features[0](images).movedim(1, 0).flatten(1)
-    assert torch.allclose(answers[:12], -answers[12:])
-    covariance = torch.cov(answers[:12])
-    # A variance v becomes v / (v + 5e-3), which is 1 - 5e-3 times the filter's norm squared; covariances become 0.
-    expected = 1 - 5e-3 * teacher.features[0].weight[:12].flatten(1).square().sum(1)
-    assert torch.allclose(covariance, expected.diag(), atol=1e-3) and expected.max() > 0.99
-    torch.nn.functional.cross_entropy(teacher(images), targets).backward()
-    assert [name for name, p in teacher.named_parameters() if p.grad is None] == ["features.0.weight"]
 
 
 def test_dropout_where_the_cheap_mask_does_not_fit():

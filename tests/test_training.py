@@ -48,18 +48,6 @@ def test_losses_and_accuracies_are_exact_whatever_the_batch_sizes(capsys):
     assert any(f"Train: Loss={expected[0]:.4f} Batch_id=2 Accuracy={expected[1]:.2f}: 100%|██████████| 3/3 [" in line for line in lines)
 
 
-def test_targets_may_be_probabilities():
-    images, classes, _ = uneven_batches()
-    logits = images.flatten(1)
-    targets = torch.lerp(F.one_hot(classes, 5).float(), logits.roll(1, 0).softmax(1), 0.8)
-    assert (targets.argmax(1) != classes).any()
-    loss = -(targets * logits.log_softmax(1)).sum(1).mean().item()
-    accuracy = 100 * (logits.argmax(1) == targets.argmax(1)).float().mean().item()
-    frozen = Scores()
-    found = train(frozen, [(images, targets)], torch.optim.SGD(frozen.parameters(), lr=0.0))
-    assert found == pytest.approx((loss, accuracy), rel=1e-6)
-
-
 def test_fit_learns_the_sample_and_writes_what_it_prints(tmp_path, capsys):
     torch.manual_seed(0)
     train_set = AlbumentationsCIFAR10(ASSETS, transform=train_transform())
