@@ -26,7 +26,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks the network for its version
@@ -294,13 +294,6 @@ def train_transform(mean: Sequence[float] = MEAN, std: Sequence[float] = STD) ->
             A.RandomCrop(32, 32),
             A.Affine(scale=(0.9, 1.1), rotate=(-10, 10), border_mode=cv2.BORDER_REFLECT_101, p=0.5),
             A.HorizontalFlip(p=0.5),
-            A.CoarseDropout(
-                num_holes_range=(1, 1),
-                hole_height_range=(8, 8),
-                hole_width_range=(8, 8),
-                fill=tuple(round(255 * value) for value in mean),
-                p=1.0,
-            ),
             A.Normalize(mean, std),
             ToTensorV2(),
         ]
@@ -624,6 +617,10 @@ class BatchLoader:
     Yields (images float32 (B, 3, 32, 32), targets int64 (B,)) on the device. Shuffled, the order is new in each
     epoch, by (seed, epoch); a last batch of a single image, which batch norm cannot train on, is left out then.
 
+    With `views`, the augmentations of that many epochs come again and again, in new orders. With a `teacher`, a function of
+    a batch of images that gives what is to be learnt of each, a tensor (B, ...), batches are (images, targets, what it gave):
+    it is asked once about each view of each image, when `set_epoch` comes to a view that it has not seen, with a progress bar.
+
     Of several `processes`, this one, `rank`, gets every so many-th image of each batch, augmented as one process alone
     would have it. Shuffled, all get the same number: the last batch is cut to what they can share, and left out where
     that is a single image each.
@@ -639,6 +636,8 @@ class BatchLoader:
         device: torch.device | str = "cpu",
         rank: int = 0,
         processes: int = 1,
+        teacher: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        views: int | None = None,
     ):
         if batch_size < 1 or (shuffle and batch_size % processes):
             raise ValueError(
@@ -652,22 +651,43 @@ class BatchLoader:
         used = len(images) - (rest % processes if rest >= 2 * processes else rest)
         self.share = slice(rank, used, processes)  # of the images in the order of the epoch
         self.batch_size, self.shuffle, self.seed, self.epoch = -(-batch_size // processes), shuffle, images.seed, 0
+        self.teacher, self.views, self.taught = teacher, views, {}
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle and draw the augmentations as in this epoch."""
         self.epoch = epoch
+        if self.teacher is not None and self.view not in self.taught:
+            if not self.views:  # what was given for another epoch is of no more use
+                self.taught.clear()
+            everything, table = torch.arange(len(self.images), device=self.images.device), self.drawn()
+            bar = tqdm(everything.split(1024), "Teacher", file=sys.stdout, leave=False, delay=2)
+            self.taught[self.view] = torch.cat([self.teacher(self.augmented(rows, table)) for rows in bar])
+
+    @property
+    def view(self) -> int:
+        """The epoch whose augmentations the images get."""
+        return self.epoch % self.views if self.views else self.epoch
+
+    def drawn(self) -> torch.Tensor:
+        """The augmentations of this epoch, a row an image."""
+        return self.transform.draw(len(self.images), tuple(self.images.shape[1:3]), self.seed, self.view)
+
+    def augmented(self, rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """The images of these indices, each with its row of the table."""
+        return self.transform(self.images.index_select(0, rows), table.index_select(0, rows))
 
     def __len__(self) -> int:
         return -(-len(range(len(self.images))[self.share]) // self.batch_size)
 
     def __iter__(self):
-        count, size = len(self.images), tuple(self.images.shape[1:3])
-        table = self.transform.draw(count, size, self.seed, self.epoch)
-        order = torch.arange(count)
+        self.set_epoch(self.epoch)  # for loops that do not
+        table, order = self.drawn(), torch.arange(len(self.images))
         if self.shuffle:
-            order = torch.from_numpy(np.random.default_rng((self.seed, self.epoch, 1)).permutation(count))
+            order = torch.from_numpy(np.random.default_rng((self.seed, self.epoch, 1)).permutation(len(order)))
         order = order[self.share].to(self.images.device)
         # Several batches at once: a small one takes as long for the calls as for the pixels.
         for rows in order.split(self.batch_size * max(1, 1024 // self.batch_size)):
-            images = self.transform(self.images.index_select(0, rows), table.index_select(0, rows))
-            yield from zip(images.split(self.batch_size), self.targets[rows].split(self.batch_size))
+            batches = [self.augmented(rows, table), self.targets[rows]]
+            if self.teacher is not None:
+                batches.append(self.taught[self.view][rows])
+            yield from zip(*(part.split(self.batch_size) for part in batches))

@@ -148,3 +148,38 @@ class Net(nn.Module):
         """Images (N, in_channels, H, W) to logits (N, num_classes); softmax makes them probabilities."""
         x = self.features(x)[:, :, None, None]
         return self.classifier(self.norm(x)).flatten(1)
+
+
+class Teacher(nn.Module):
+    """A larger network for `Net` to learn from: images (N, 3, H, W), normalised float, H and W at least 10, to logits (N, num_classes).
+
+    Three groups of two convolutions, as airbench has them (K. Jordan 2024, arXiv:2404.00498); 1,161,808 parameters for ten
+    classes. Its first layer stays as it is: the filters (F, 3, 2, 2) that it is given, such as `whitening` finds.
+    """
+
+    def __init__(self, filters: torch.Tensor, num_classes: int = 10):
+        super().__init__()
+        first = nn.Conv2d(3, len(filters), 2, bias=False).requires_grad_(False)
+        first.weight.copy_(filters)
+        layers, channels = [first, nn.BatchNorm2d(len(filters)), nn.GELU()], len(filters)
+        for width in (64, 128, 256):
+            layers += [convolution(channels, width, 3), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.GELU()]
+            layers += [convolution(width, width, 3), nn.BatchNorm2d(width), nn.GELU()]
+            channels = width
+        self.features = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.BatchNorm2d(channels), nn.Flatten())
+        self.classifier = nn.Linear(channels, num_classes, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (N, 3, H, W) to logits (N, num_classes)."""
+        return self.classifier(self.features(x))
+
+
+def whitening(images: torch.Tensor) -> torch.Tensor:
+    """Filters (24, 3, 2, 2), the second half the negative of the first, that whiten 2x2 patches of images (N, 3, H, W) like these.
+
+    The answers of each half have no correlation, and variance 1 where the patches vary by much more than 5e-3.
+    """
+    patches = nn.functional.unfold(images, 2).movedim(1, 0).flatten(1)
+    variances, directions = torch.linalg.eigh(torch.cov(patches))
+    filters = (directions / (variances + 5e-3).sqrt()).T.reshape(-1, 3, 2, 2)
+    return torch.cat([filters, -filters])

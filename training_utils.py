@@ -253,16 +253,18 @@ def gradient_step(
     optimizer: torch.optim.Optimizer,
     label_smoothing: float = 0.0,
     network: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+) -> Callable[..., torch.Tensor]:
     """The function that takes a batch (images, targets), changes the weights by it, and gives the logits it had for it.
 
+    Where it is given the probabilities (B, C) that a teacher found, too, these are learnt in place of the targets.
     `network` computes what the model does, faster (`compiled`) or for all processes (`synchronised`).
     """
 
-    def step(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def step(images: torch.Tensor, targets: torch.Tensor, taught: torch.Tensor | None = None) -> torch.Tensor:
         logits = forward(network or model, images)
         optimizer.zero_grad()
-        F.cross_entropy(logits, targets, label_smoothing=label_smoothing).backward()
+        loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing) if taught is None else F.cross_entropy(logits, taught)
+        loss.backward()
         if distributed.is_initialized():
             agree(p.grad for p in model.parameters() if p.grad is not None)
         optimizer.step()
@@ -271,9 +273,7 @@ def gradient_step(
     return step
 
 
-def replayed(
-    step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], optimizer: torch.optim.Optimizer
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def replayed(step: Callable[..., torch.Tensor], optimizer: torch.optim.Optimizer) -> Callable[..., torch.Tensor]:
     """A `gradient_step` on a GPU as a CUDA graph: one call in place of a thousand, which take longer than what they ask for.
 
     Three batches run as they are, the next one's operations are recorded and from then on repeated, with the learning
@@ -287,12 +287,12 @@ def replayed(
     def options() -> list[dict]:
         return [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups]
 
-    def record(images: torch.Tensor, targets: torch.Tensor) -> None:
+    def record(*batch: torch.Tensor) -> None:
         nonlocal own, recorded, graph, logits
         state = [value for values in optimizer.state.values() for value in values.values() if value is not None]
         if not all(isinstance(value, torch.Tensor) and value.is_cuda for value in state):
             raise RuntimeError(f"{type(optimizer).__name__} keeps numbers outside the GPU")
-        own, recorded = (images.clone(memory_format=torch.channels_last), targets.clone()), options()
+        own, recorded = [batch[0].clone(memory_format=torch.channels_last), *(part.clone() for part in batch[1:])], options()
         floats, new = [group["lr"] for group in optimizer.param_groups], torch.cuda.CUDAGraph()
         try:
             for group, rate in zip(optimizer.param_groups, rates):
@@ -304,26 +304,26 @@ def replayed(
                 group["lr"] = rate
         graph = new
 
-    def replay(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def replay(*batch: torch.Tensor) -> torch.Tensor:
         nonlocal seen
         seen += 1
         if seen < 4:  # beside the current stream, as the recording will be
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
-                result = step(images, targets)
+                result = step(*batch)
             torch.cuda.current_stream(device).wait_stream(stream)
             return result
         if seen == 4:
             try:
-                record(images, targets)
+                record(*batch)
             except Exception as error:  # whatever a model may do that cannot be recorded
                 print(f"a CUDA graph cannot be recorded here ({type(error).__name__}: {error}): going on without it")
-        if graph is None or images.shape != own[0].shape or options() != recorded:
-            return step(images, targets)
+        if graph is None or [part.shape for part in batch] != [part.shape for part in own] or options() != recorded:
+            return step(*batch)
         for group, rate in zip(optimizer.param_groups, rates):
             rate.fill_(group["lr"])
-        own[0].copy_(images)
-        own[1].copy_(targets)
+        for place, part in zip(own, batch):
+            place.copy_(part)
         graph.replay()
         return logits
 
@@ -337,12 +337,13 @@ def train(
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     *,
     label_smoothing: float = 0.0,
-    step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    step: Callable[..., torch.Tensor] | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
     """One epoch of training, with a progress bar; the scheduler and `after_step` go on after every step.
 
-    `step` is a `gradient_step`; by default one with this model, optimizer and label smoothing.
+    `step` is a `gradient_step`; by default one with this model, optimizer and label smoothing. What a batch holds after
+    images and targets goes to it too: the probabilities (B, C) to learn in place of the targets, as a teacher found them.
 
     Returns the mean cross-entropy (without label smoothing, so that it compares with `test`'s) and the
     accuracy in percent over all the epoch's samples, each as the model was when it saw them.
@@ -356,10 +357,10 @@ def train(
     correct, finite = torch.zeros(2, device=device, dtype=torch.int64)  # finite: the steps before the first bad loss
     seen, redraw_at, rates = 0, time.monotonic(), []
     with progress(loader, desc="Train") as bar:
-        for batch_id, (images, targets) in enumerate(bar):
-            images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        for batch_id, batch in enumerate(bar):
+            images, targets, *taught = (part.to(device, non_blocking=True) for part in batch)
             rates.append(optimizer.param_groups[0]["lr"])
-            logits = step(images, targets)
+            logits = step(images, targets, *taught)
             if scheduler is not None:
                 scheduler.step()
             after_step()
@@ -420,6 +421,34 @@ def test(
     return loss, accuracy
 
 
+@torch.no_grad()
+def soft_targets(teacher: nn.Module, images: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The probabilities (B, C) that the teacher finds in a batch, its logits divided by the temperature.
+
+    To learn these in place of the labels is distillation: Hinton et al. 2015, arXiv:1503.02531.
+    """
+    teacher.eval()
+    return torch.cat([forward(teacher, part) for part in parts_of(images)]).div(temperature).softmax(1)
+
+
+@torch.no_grad()
+def take_statistics(model: nn.Module, loader: Iterable) -> None:
+    """Make the batch norms' running statistics those of the loader's images, the mean over its batches."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean
+        norm.train()
+    for images, *_ in loader:
+        forward(model, images.to(device_of(model)))
+    for norm, (momentum, count) in zip(norms, kept):
+        norm.momentum = momentum
+        norm.num_batches_tracked.copy_(count)
+    model.eval()
+
+
 def fit(
     model: nn.Module,
     train_loader: Iterable,
@@ -430,6 +459,7 @@ def fit(
     epochs: int,
     label_smoothing: float = 0.0,
     ema_decay: float = 0.0,
+    statistics: Iterable | None = None,
     compile: bool = False,
     history_file: str | Path | None = None,
     checkpoint: str | Path | None = None,
@@ -455,6 +485,8 @@ def fit(
             the weights and batch statistics, with this decay a step (Polyak and Juditsky 1992; Tarvainen
             and Valpola 2017, arXiv:1703.01780), or (1 + t) / (10 + t) at step t while that is smaller, so
             that a short run forgets its first steps too; 0 for the plain weights.
+        statistics: a loader of images as they are in the test, training images without augmentation: before each test
+            the batch norms' running statistics are taken from these, anew. Augmented images have others.
         compile: run the training step, and on a CPU the test, through `torch.compile`: it takes up to a minute, which
             a long run earns back.
         history_file: a CSV file to write the history to, one row an epoch, after every epoch.
@@ -569,6 +601,8 @@ def fit(
                     step=step,
                     after_step=after_step,
                 )
+                if statistics is not None:
+                    take_statistics(average, statistics)
                 if distributed.is_initialized():  # each has its own running statistics, of the samples that it has seen
                     agree([*model.buffers(), *average.buffers()])
                 for old, new in pairs:
