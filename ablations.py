@@ -1,12 +1,13 @@
 """What one change of the recipe does: trained on 45,000 training images, judged on the other 5,000; no test image.
 
-    python ablations.py "notebook, cosine" "notebook, dropout 0.03" --seeds 0 1 --epochs 16
+    python ablations.py "taught, cosine" "taught, dropout 0.03" --seeds 0 1 --epochs 16
 
 Each run is a line of assets/ablations.csv. What helps becomes the notebook's default, what does not stays a line there.
 """
 
 import argparse
 import csv
+import functools
 import shlex
 import subprocess
 import time
@@ -17,102 +18,76 @@ import numpy as np
 import torch
 from torch import nn
 
-from dataset import AlbumentationsCIFAR10, AlbumentationsImages, BatchLoader, BatchTransform
-from dataset import find_cifar10, test_transform, train_transform
-from model import Net
-from training_utils import Muon, fit
+from dataset import MEAN, AlbumentationsCIFAR10, AlbumentationsImages, BatchLoader, find_cifar10, test_transform, train_transform
+from model import Net, Teacher, whitening
+from training_utils import Muon, fit, soft_targets
 from utils import set_seed
 
 # The notebook's recipe. Every row of CHANGES is this one with the given differences.
 RECIPE = dict(optimizer="Muon", muon_rate=0.015, momentum=0.95, rate=0.2, batch=256, warm_up=0.2, shape="linear", decay=5e-4)
-RECIPE |= dict(smoothing=0.05, average=0.995, dropout=0.0, identity=2, augmentation=list, alternate=False)
-RECIPE |= dict(late=0, late_augmentation=list)  # so many epochs, the last ones, have an augmentation of their own
+RECIPE |= dict(average=0.995, statistics=True, dropout=0.0, augmentation=list, smoothing=0.0, teacher=20, temperature=2.0, views=20)
 
-
-def without(*kinds: type) -> dict:
-    """The augmentation without the transforms of these kinds."""
-    return {"augmentation": lambda steps: [step for step in steps if not isinstance(step, kinds)]}
-
-
-def lately(epochs: int, *kinds: type) -> dict:
-    """The last epochs without the transforms of these kinds."""
-    return {"late": epochs, "late_augmentation": without(*kinds)["augmentation"]}
-
-
+HOLE = A.CoarseDropout((1, 1), (8, 8), (8, 8), fill=tuple(round(255 * value) for value in MEAN), p=1.0)
 COLOUR = A.RandomBrightnessContrast(0.2, 0.2, p=0.5)
-FIRST = {"optimizer": "SGD", "identity": 0} | without(A.Affine)  # of the first 100 epochs recorded (90.10 %)
-SHORT = {"muon_rate": 0.05, "momentum": 0.6}  # of the 100 epochs that reached 90.93 %
-MUON = SHORT | {"identity": 0} | without(A.Affine)  # of those before them (90.27 %)
 CHANGES = {
-    "base": FIRST,
-    "flips alternate": FIRST | {"alternate": True},
-    "Muon, rate 0.2": MUON | {"muon_rate": 0.2},
-    "Muon, rate 0.1": MUON | {"muon_rate": 0.1},
-    "Muon, rate 0.05": MUON,
-    "Muon, rate 0.025": MUON | {"muon_rate": 0.025},
-    "Muon, rate 0.05, identity added": MUON | {"identity": 1},
-    "Muon, rate 0.05, identity added twice": MUON | {"identity": 2},
-    "Muon, rate 0.05, identity added twice, momentum 0.85": MUON | {"identity": 2, "momentum": 0.85},
-    "Muon, rate 0.05, identity added twice, affine": SHORT,
-    "notebook": {},
-    "notebook, cosine": {"shape": "cosine"},
-    "notebook, batch 128": {"batch": 128, "muon_rate": 0.01, "rate": 0.14, "average": 0.9975},
-    "notebook, weight decay 1e-3": {"decay": 1e-3},
-    "notebook, label smoothing 0.1": {"smoothing": 0.1},
-    "notebook, average 0.998": {"average": 0.998},
-    "notebook, dropout 0.03": {"dropout": 0.03},
-    "notebook, colour": {"augmentation": lambda steps: [COLOUR, *steps]},
-    "notebook, no affine": without(A.Affine),
-    "notebook, last 10 epochs without affine and cutout": lately(10, A.Affine, A.CoarseDropout),
-    "notebook, last 20 epochs without affine and cutout": lately(20, A.Affine, A.CoarseDropout),
-    "notebook, last 20 epochs without cutout": lately(20, A.CoarseDropout),
-    "notebook, AdamW, rate 3e-3, decay 0.05": {"optimizer": "AdamW", "rate": 3e-3, "decay": 0.05},
+    "taught": {},
+    "labels": {"teacher": 0},
+    "labels, smoothing 0.05": {"teacher": 0, "smoothing": 0.05},
+    "taught, teacher of 40 epochs": {"teacher": 40},
+    "taught, temperature 4": {"temperature": 4.0},
+    "taught, new views in each epoch": {"views": None},
+    "taught, running statistics": {"statistics": False},
+    "taught, cutout": {"augmentation": lambda steps: [*steps[:-2], HOLE, *steps[-2:]]},
+    "taught, no affine": {"augmentation": lambda steps: [step for step in steps if not isinstance(step, A.Affine)]},
+    "taught, colour": {"augmentation": lambda steps: [COLOUR, *steps]},
+    "taught, cosine": {"shape": "cosine"},
+    "taught, batch 128": {"batch": 128, "muon_rate": 0.01, "rate": 0.14, "average": 0.9975},
+    "taught, weight decay 1e-3": {"decay": 1e-3},
+    "taught, average 0.998": {"average": 0.998},
+    "taught, dropout 0.03": {"dropout": 0.03},
+    "taught, SGD": {"optimizer": "SGD"},
+    "taught, AdamW, rate 3e-3, decay 0.05": {"optimizer": "AdamW", "rate": 3e-3, "decay": 0.05},
 }
 
 
-class Alternating(BatchTransform):
-    """Each image is flipped in every other epoch, a half of them in the even ones (airbench)."""
-
-    def parameters(self, count, size, seed, epoch):
-        drawn = super().parameters(count, size, seed, epoch)
-        first = np.random.default_rng(seed).random(count) < 0.5
-        for step, found in zip((step for stage in self.stages for step in stage), drawn):
-            if isinstance(step, A.HorizontalFlip):
-                found["applied"] = first ^ bool(epoch % 2)
-        return drawn
+@functools.cache  # one for all seeds
+def teacher_of(epochs: int, root: Path, device: torch.device) -> nn.Module:
+    """A teacher that has been trained for so many epochs, on the same images as its pupils."""
+    set_seed(0)
+    loaders = loaders_of(RECIPE, 0, root, device)
+    teacher = Teacher(whitening(next(iter(loaders[0]))[0])).to(device)
+    learn(teacher, RECIPE | {"statistics": False}, loaders, epochs)
+    return teacher
 
 
 def run(change: dict, seed: int, epochs: int, root: Path, device: torch.device) -> dict[str, float]:
     """Train with the change, and give the last row of its history; its "test" are the images held out."""
     recipe = RECIPE | change
+    teacher_epochs = min(recipe["teacher"], epochs // 2)
+    teacher = teacher_of(teacher_epochs, root, device) if teacher_epochs else None
     loaders = loaders_of(recipe, seed, root, device)
+    if teacher:
+        loaders[0].teacher, loaders[0].views = lambda images: soft_targets(teacher, images, recipe["temperature"]), recipe["views"]
     set_seed(seed)
-    net = Net(dropout=recipe["dropout"]).to(device)
-    for name, module in net.named_modules():  # Net begins with the identity added twice
-        if isinstance(module, nn.Conv2d) and name != "classifier" and recipe["identity"] != 2:
-            module.reset_parameters()
-            module.weight.data += recipe["identity"] * nn.init.dirac_(torch.empty_like(module.weight), module.groups)
-    return learn(net, recipe, loaders, epochs)[-1]
+    return learn(Net(dropout=recipe["dropout"]).to(device), recipe, loaders, epochs)[-1]
 
 
 def loaders_of(recipe: dict, seed: int, root: Path, device: torch.device) -> list[BatchLoader]:
-    """Those of the images to train on and of those held out."""
+    """Those of the images to train on, of those held out, and of a tenth of the first as they are."""
     images = AlbumentationsCIFAR10(root)
     order = np.random.default_rng(0).permutation(len(images))  # the same images are held out in all runs
     held = len(images) // 10
     transform = A.Compose(recipe["augmentation"](list(train_transform())))
     loaders = []
-    for rows, compose in ((order[held:], transform), (order[:held], test_transform())):
+    for rows, compose in ((order[held:], transform), (order[:held], test_transform()), (order[held : 2 * held], test_transform())):
         part = AlbumentationsImages(images.data[rows], [images.targets[i] for i in rows], images.classes, compose, seed)
         loaders.append(BatchLoader(part, recipe["batch"] if not loaders else 1000, shuffle=not loaders, device=device))
-    if recipe["alternate"]:
-        loaders[0].transform = Alternating(transform, device)
     return loaders
 
 
 def learn(net: nn.Module, recipe: dict, loaders: list[BatchLoader], epochs: int) -> list[dict[str, float]]:
     """Train the network in place, and give the history."""
-    named = list(net.named_parameters())
+    named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     norms = [p for _, p in named if p.ndim == 1]
     filters = [p for name, p in named if p.ndim > 1 and ("depthwise" in name or "classifier" in name)]
     banks = [p for name, p in named if p.ndim > 1 and not ("depthwise" in name or "classifier" in name)]
@@ -133,22 +108,16 @@ def learn(net: nn.Module, recipe: dict, loaders: list[BatchLoader], epochs: int)
         return float(0.5 - 0.5 * np.cos(np.pi * place)) if falling and recipe["shape"] == "cosine" else float(place)
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-
-    def on_epoch(row: dict[str, float]) -> None:
-        if row["epoch"] == epochs - recipe["late"]:
-            late = A.Compose(recipe["late_augmentation"](list(train_transform())))
-            loaders[0].transform = BatchTransform(late, loaders[0].images.device)
-
     return fit(
         net,
-        *loaders,
+        *loaders[:2],
         optimizer,
         scheduler,
         epochs=epochs,
         label_smoothing=recipe["smoothing"],
         ema_decay=recipe["average"],
+        statistics=loaders[2] if recipe["statistics"] else None,
         compile=epochs >= 16,
-        on_epoch=on_epoch,
     )
 
 
