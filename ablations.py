@@ -33,7 +33,6 @@ CHANGES = {
     "taught": {},
     "labels": {"teacher": 0},
     "labels, smoothing 0.05": {"teacher": 0, "smoothing": 0.05},
-    "taught, teacher of 40 epochs": {"teacher": 40},
     "taught, temperature 4": {"temperature": 4.0},
     "taught, new views in each epoch": {"views": None},
     "taught, running statistics": {"statistics": False},
@@ -52,7 +51,7 @@ CHANGES = {
 
 @functools.cache  # one for all seeds
 def teacher_of(epochs: int, root: Path, device: torch.device) -> nn.Module:
-    """A teacher that has been trained for so many epochs, on the same images as its pupils."""
+    """A teacher after so many epochs of RECIPE on the images that its pupils learn from, whatever their changes."""
     set_seed(0)
     loaders = loaders_of(RECIPE, 0, root, device)
     teacher = Teacher(whitening(next(iter(loaders[0]))[0])).to(device)

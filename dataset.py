@@ -619,7 +619,7 @@ class BatchLoader:
 
     With `views`, the augmentations of that many epochs come again and again, in new orders. With a `teacher`, a function of
     a batch of images that gives what is to be learnt of each, a tensor (B, ...), batches are (images, targets, what it gave):
-    it is asked once about each view of each image, when `set_epoch` comes to a view that it has not seen, with a progress bar.
+    it is asked once about each view of each image, when `set_epoch` comes to a view that it has not seen, with a progress bar; each process asks for itself.
 
     Of several `processes`, this one, `rank`, gets every so many-th image of each batch, augmented as one process alone
     would have it. Shuffled, all get the same number: the last batch is cut to what they can share, and left out where
@@ -656,12 +656,12 @@ class BatchLoader:
     def set_epoch(self, epoch: int) -> None:
         """Shuffle and draw the augmentations as in this epoch."""
         self.epoch = epoch
-        if self.teacher is not None and self.view not in self.taught:
+        if self.teacher is not None and (self.teacher, self.view) not in self.taught:
             if not self.views:  # what was given for another epoch is of no more use
                 self.taught.clear()
             everything, table = torch.arange(len(self.images), device=self.images.device), self.drawn()
             bar = tqdm(everything.split(1024), "Teacher", file=sys.stdout, leave=False, delay=2)
-            self.taught[self.view] = torch.cat([self.teacher(self.augmented(rows, table)) for rows in bar])
+            self.taught[self.teacher, self.view] = torch.cat([self.teacher(self.augmented(rows, table)) for rows in bar])
 
     @property
     def view(self) -> int:
@@ -689,5 +689,5 @@ class BatchLoader:
         for rows in order.split(self.batch_size * max(1, 1024 // self.batch_size)):
             batches = [self.augmented(rows, table), self.targets[rows]]
             if self.teacher is not None:
-                batches.append(self.taught[self.view][rows])
+                batches.append(self.taught[self.teacher, self.view][rows])
             yield from zip(*(part.split(self.batch_size) for part in batches))

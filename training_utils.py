@@ -1,6 +1,6 @@
 """Train a classifier one epoch, test it, and fit it for many. Knows no data set and no network.
 
-A loader is any iterable of (images, targets) batches with a length: a `DataLoader`, say. What it, its sampler or its
+A loader is any iterable of (images, targets) batches with a length: a `DataLoader`, say; see `train` for a third part. What it, its sampler or its
 data set offers as `set_epoch(epoch)` is called before each epoch. Losses and accuracies are exact over all samples,
 whatever the batch sizes: sums are kept on the device (see REDRAW). Nothing that is loaded here can run code.
 """
@@ -343,7 +343,8 @@ def train(
     """One epoch of training, with a progress bar; the scheduler and `after_step` go on after every step.
 
     `step` is a `gradient_step`; by default one with this model, optimizer and label smoothing. What a batch holds after
-    images and targets goes to it too: the probabilities (B, C) to learn in place of the targets, as a teacher found them.
+    images and targets goes to it too: the probabilities (B, C) to learn in place of the targets, as a teacher found them
+    (without label smoothing).
 
     Returns the mean cross-entropy (without label smoothing, so that it compares with `test`'s) and the
     accuracy in percent over all the epoch's samples, each as the model was when it saw them.
@@ -408,7 +409,7 @@ def test(
     was_training = model.training
     model.eval()
     loss_sum, correct, seen = torch.zeros((), device=device, dtype=torch.float64), 0, 0
-    for images, targets in progress(loader, desc="Test", leave=False, delay=2):
+    for images, targets, *_ in progress(loader, desc="Test", leave=False, delay=2):
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         logits = torch.cat([forward(network or model, part) for part in parts_of(images)])
         loss_sum += F.cross_entropy(logits, targets, reduction="sum")
@@ -434,7 +435,7 @@ def soft_targets(teacher: nn.Module, images: torch.Tensor, temperature: float) -
 @torch.no_grad()
 def take_statistics(model: nn.Module, loader: Iterable) -> None:
     """Make the batch norms' running statistics those of the loader's images, the mean over its batches."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     model.eval()
     for norm in norms:
@@ -527,6 +528,7 @@ def fit(
         "epochs": epochs,
         "steps an epoch": len(train_loader),
         "label smoothing": label_smoothing,
+        "statistics": "running" if statistics is None else "taken anew",
         "decay of the average": ema_decay,
         "model": model,
         **describe(optimizer, scheduler),

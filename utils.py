@@ -298,7 +298,7 @@ def predictions(model: nn.Module, loader) -> tuple[torch.Tensor, torch.Tensor]:
     targets, probabilities = [], []
     model.eval()
     try:
-        for images, labels in loader:
+        for images, labels, *_ in loader:
             # Both stay on their devices until the end: no waiting for the GPU between batches.
             # A large batch is what a GPU wants; a CPU is fastest while the activations stay in its cache.
             for part in images.split(100) if device.type == "cpu" else [images]:

@@ -104,6 +104,26 @@ def test_batch_loader_visits_every_image_once_in_an_order_of_its_own_each_epoch(
         BatchLoader(images, -1, shuffle=True)
 
 
+@pytest.mark.parametrize("views", [2, None])
+def test_the_teacher_is_asked_once_about_each_view_and_its_answers_follow_the_pictures(views):
+    images, asked = AlbumentationsCIFAR10(ASSETS, train=False, transform=train_transform()), []
+
+    def teacher(pictures):
+        asked.append(len(pictures))
+        return pictures.mean((2, 3))
+
+    loader, seen = BatchLoader(images, 150, shuffle=True, teacher=teacher, views=views), []
+    for epoch in range(1, 5):
+        loader.set_epoch(epoch)
+        pictures, targets, answers = (torch.cat(parts) for parts in zip(*loader))
+        torch.testing.assert_close(answers, pictures.mean((2, 3)))
+        seen.append((targets.tolist(), answers.sort(0).values))
+    assert asked == [500] * (views or 4)
+    assert all(seen[0][0] != targets for targets, _ in seen[1:]), "the order is new in each epoch"
+    same = [torch.equal(seen[0][1], answers) for _, answers in seen]
+    assert same == [True, False, bool(views), False]
+
+
 def test_damaged_file_is_named_and_nothing_deleted(tmp_path):
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()

@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 import model
 from dataset import ASSETS, AlbumentationsCIFAR10, BatchLoader, image_folder
 from dataset import test_transform as no_augmentation
-from model import Dropout, Net
+from model import Dropout, Net, Teacher, whitening
 
 
 def test_parameters_and_shapes():
@@ -180,6 +180,20 @@ def test_dropout_drops_the_share_it_says_and_keeps_the_mean(memory_format):
         assert abs(both - 0.01) < 0.0012
     dropped.sum().backward()
     assert torch.equal(ones.grad, dropped.detach())
+
+
+def test_the_teacher_sees_whitened_patches_and_learns_the_rest():
+    loader = BatchLoader(AlbumentationsCIFAR10(ASSETS, transform=no_augmentation()), 100, shuffle=True)
+    images, targets = next(iter(loader))
+    teacher = Teacher(whitening(images))
+    assert sum(p.numel() for p in teacher.parameters()) == 1_161_808
+    answers = teacher.features[0](images).movedim(1, 0).flatten(1)
+    assert torch.allclose(answers[:12], -answers[12:])
+    covariance = torch.cov(answers[:12])
+    assert (covariance - covariance.diag().diag()).abs().max() < 1e-3
+    assert 0 < covariance.diag().min() and 0.99 < covariance.diag().max() <= 1.001
+    torch.nn.functional.cross_entropy(teacher(images), targets).backward()
+    assert [name for name, p in teacher.named_parameters() if p.grad is None] == ["features.0.weight"]
 
 
 def test_dropout_where_the_cheap_mask_does_not_fit():

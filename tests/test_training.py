@@ -12,7 +12,7 @@ import dataset
 import training_utils
 from dataset import ASSETS, AlbumentationsCIFAR10, BatchLoader, train_transform
 from model import Net
-from training_utils import Muon, compiled, fit, gradient_step, replayed, train
+from training_utils import Muon, compiled, fit, gradient_step, replayed, soft_targets, take_statistics, train
 
 TRAIN_LINE = r"Train: Loss=\d+\.\d{4} Batch_id=%d Accuracy=\d+\.\d\d: 100%%\|██████████\| %d/%d \[\d\d:\d\d<00:00, +[\d.]+(it/s|s/it)\]"
 TEST_LINE = r"Test set: Average loss: \d+\.\d{4}, Accuracy: \d+/%d \(\d+\.\d\d%%\)"
@@ -127,6 +127,36 @@ def test_a_compiler_that_fails_is_named_and_done_without(monkeypatch, capsys):
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
+def test_what_a_teacher_found_is_learnt_and_the_labels_are_scored():
+    images, targets, batches = uneven_batches()
+    teacher, pupil = Scores(), Scores()
+    teacher.scale.data += 2
+    found = soft_targets(teacher, images, 2.0)
+    torch.testing.assert_close(found, (images.flatten(1) * 1.5).softmax(1))
+    logits = images.flatten(1) * pupil.scale
+    expected = F.cross_entropy(logits, targets).item(), 100 * (logits.argmax(1) == targets).float().mean().item()
+    (slope,) = torch.autograd.grad(F.cross_entropy(logits, found), pupil.scale)
+    scored = train(pupil, [(images, targets, found)], torch.optim.SGD(pupil.parameters(), lr=0.1), label_smoothing=0.3)
+    assert scored == pytest.approx(expected, rel=1e-6)
+    assert pupil.scale.item() == pytest.approx(1 - 0.1 * slope.item(), rel=1e-6)
+
+
+def test_the_statistics_are_those_of_the_images_given():
+    torch.manual_seed(0)
+    batches = [(torch.randn(8, 1, 1, 5) * spread + 3, torch.randint(5, (8,))) for spread in (1, 2)]
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Dropout(0.5), Scores())
+    norm, images = model[0], [images for images, _ in batches]
+    fit(model, batches, batches, torch.optim.SGD(model.parameters(), lr=0.01), epochs=2, ema_decay=0.9)
+    count = norm.num_batches_tracked.clone()
+    assert (norm.running_mean - 3).abs() > 0.3  # not yet there
+    take_statistics(model, batches)
+    mean, variance = (torch.stack([function(part) for part in images]).mean() for function in (torch.mean, torch.var))
+    assert norm.running_mean.item() == pytest.approx(mean.item()) and norm.running_var.item() == pytest.approx(variance.item())
+    assert norm.momentum == 0.1 and norm.num_batches_tracked == count and not model.training
+    fit(model, batches, batches, torch.optim.SGD(model.parameters(), lr=0.01), epochs=1, ema_decay=0.9, statistics=batches[:1])
+    assert norm.running_mean.item() == pytest.approx(images[0].mean().item())
+
+
 def test_set_epoch_reaches_loader_sampler_and_data_set():
     _, _, batches = uneven_batches()
 
@@ -203,7 +233,7 @@ def test_muon_takes_no_notice_of_the_order_in_memory_and_its_change():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("kind, calls", [("Muon", 5), ("SGD", 5), ("SGD whose momentum cycles", 20), ("Adam", 20)])
+@pytest.mark.parametrize("kind, calls", [("Muon", 5), ("SGD", 5), ("SGD, taught", 5), ("SGD whose momentum cycles", 20), ("Adam", 20)])
 def test_a_step_that_is_replayed_does_what_it_does_as_it_is(kind, calls, monkeypatch, capsys):
     """The learning rate falls, and one batch of 20 is smaller: it runs as it is, as what cannot be replayed does."""
     monkeypatch.setattr(training_utils, "precision", lambda device: torch.float32)
@@ -211,6 +241,8 @@ def test_a_step_that_is_replayed_does_what_it_does_as_it_is(kind, calls, monkeyp
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     images = AlbumentationsCIFAR10(ASSETS, transform=train_transform())
     batches = list(BatchLoader(images, 100, shuffle=True, device="cuda"))
+    if "taught" in kind:
+        batches = [(*batch, torch.randn(len(batch[1]), 10, device="cuda").softmax(1)) for batch in batches]
     batches[10] = tuple(part[:60] for part in batches[10])
 
     def losses(wrap):
