@@ -69,7 +69,7 @@ def test_epochs_differ_with_real_workers_where_plain_albumentations_repeats_itse
                               for epoch in range(3) if images.set_epoch(epoch) is None])
         return len({picture.numpy().tobytes() for picture in pictures})
 
-    assert distinct(AlbumentationsCIFAR10) > 185  # of 192; a few coincide by chance
+    assert distinct(AlbumentationsCIFAR10) > 150  # of 192; half are not warped, and of their 162 crops some coincide
     assert distinct(Plain) <= 64  # what this test is there to tell apart
 
 
