@@ -200,5 +200,5 @@ def test_notebook_runs_as_a_script_on_one_process_or_two(clone, launcher):
     assert "embedded sample of 2,500 images" in done.stdout.splitlines()[-1]
     # One process prints, of all the test images: after the teacher's epoch and after each of the network's.
     assert len(re.findall(r"Test set: .*/500 \(", done.stdout)) == 3
-    assert sorted(path.name for path in (clone / "runs/sample").iterdir()) == sorted([*WRITTEN, "teacher.pt", "teacher_history.csv"])
+    assert sorted(path.name for path in (clone / "runs/sample").iterdir()) == sorted([*WRITTEN, "net.previous.pt", "teacher.pt", "teacher_history.csv"])
     assert digests(clone / "assets") == before
