@@ -619,7 +619,8 @@ class BatchLoader:
 
     With `views`, the augmentations of that many epochs come again and again, in new orders. With a `teacher`, a function of
     a batch of images that gives what is to be learnt of each, a tensor (B, ...), batches are (images, targets, what it gave):
-    it is asked once about each view of each image, when `set_epoch` comes to a view that it has not seen, with a progress bar; each process asks for itself.
+    it is asked once about each view of each image, when `set_epoch` comes to a view that it has not seen, with a progress
+    bar; each process asks for itself.
 
     Of several `processes`, this one, `rank`, gets every so many-th image of each batch, augmented as one process alone
     would have it. Shuffled, all get the same number: the last batch is cut to what they can share, and left out where

@@ -1,7 +1,7 @@
 """Train a classifier one epoch, test it, and fit it for many. Knows no data set and no network.
 
-A loader is any iterable of (images, targets) batches with a length: a `DataLoader`, say; see `train` for a third part. What it, its sampler or its
-data set offers as `set_epoch(epoch)` is called before each epoch. Losses and accuracies are exact over all samples,
+A loader is any iterable of (images, targets) batches with a length: a `DataLoader`, say; see `train` for a third part.
+What it, its sampler or its data set offers as `set_epoch(epoch)` is called before each epoch. Losses and accuracies are exact over all samples,
 whatever the batch sizes: sums are kept on the device (see REDRAW). Nothing that is loaded here can run code.
 """
 
@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import distributed, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 REDRAW = 0.5  # seconds between two states of a progress bar, the only moments when the processor waits for the device
@@ -432,24 +433,6 @@ def soft_targets(teacher: nn.Module, images: torch.Tensor, temperature: float) -
     return torch.cat([forward(teacher, part) for part in parts_of(images)]).div(temperature).softmax(1)
 
 
-@torch.no_grad()
-def take_statistics(model: nn.Module, loader: Iterable) -> None:
-    """Make the batch norms' running statistics those of the loader's images, the mean over its batches."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean
-        norm.train()
-    for images, *_ in loader:
-        forward(model, images.to(device_of(model)))
-    for norm, (momentum, count) in zip(norms, kept):
-        norm.momentum = momentum
-        norm.num_batches_tracked.copy_(count)
-    model.eval()
-
-
 def fit(
     model: nn.Module,
     train_loader: Iterable,
@@ -487,7 +470,8 @@ def fit(
             and Valpola 2017, arXiv:1703.01780), or (1 + t) / (10 + t) at step t while that is smaller, so
             that a short run forgets its first steps too; 0 for the plain weights.
         statistics: a loader of images as they are in the test, training images without augmentation: before each test
-            the batch norms' running statistics are taken from these, anew. Augmented images have others.
+            the batch norms' running statistics are taken from these, anew (`torch.optim.swa_utils.update_bn`).
+            Augmented images have others.
         compile: run the training step, and on a CPU the test, through `torch.compile`: it takes up to a minute, which
             a long run earns back.
         history_file: a CSV file to write the history to, one row an epoch, after every epoch.
@@ -604,7 +588,8 @@ def fit(
                     after_step=after_step,
                 )
                 if statistics is not None:
-                    take_statistics(average, statistics)
+                    with autocast(device):
+                        update_bn(statistics, average, device)
                 if distributed.is_initialized():  # each has its own running statistics, of the samples that it has seen
                     agree([*model.buffers(), *average.buffers()])
                 for old, new in pairs:

@@ -171,6 +171,14 @@ def test_the_gpu_s_figures_are_three_recorded_runs():
     assert f"took {median:.2f} s in the median of seed 0: {float(f'{50_000 / median:.3g}'):,.0f} training images/s" in README
 
 
+def test_the_teacher_s_part_on_a_gpu_was_read_there():
+    with open(ASSETS / "teacher_h200.csv") as file:
+        *epochs, look = [float(row["seconds"]) for row in csv.DictReader(file)]
+    epoch = statistics.median(epochs)
+    assert f"{epoch:.1f} s for an epoch of its own, {look:.2f} s for a look" in README
+    assert f"20 of each are {20 * (epoch + look):.0f} s on top" in README
+
+
 def test_the_preset_is_a_recorded_run():
     with open(ASSETS / "history_16_epochs.csv") as file:
         history = list(csv.DictReader(file))
@@ -192,6 +200,13 @@ def test_ablations_are_the_recorded_runs():
         same = [run for run in ABLATIONS if (run["change"], run["epochs"]) == change]
         accuracy, *losses = (statistics.mean(float(run[key]) for run in same) for key in ("accuracy", "loss", "train_loss"))
         assert f"| {' | '.join(change)} | {accuracy:.2f} % | {losses[0]:.3f} | {losses[1]:.3f} | {len(same)} |" in README
+    reached = {(run["change"], run["seed"]): float(run["accuracy"]) for run in ABLATIONS if run["epochs"] == "100"}
+    gains = [
+        reached[change, seed] - reached[change.removesuffix(", plain statistics"), seed]
+        for change, seed in reached
+        if re.match("teacher.*, plain statistics$", change)
+    ]
+    assert len(gains) == 6 and f"bring {statistics.mean(gains):.2f} points in the mean of the six" in README
     seeds = [run for run in ABLATIONS if (run["change"], run["epochs"]) == (EARLIER, "16")]
     assert [run["seed"] for run in seeds] == ["0", "1", "2"]
     reached, deviation = ", ".join(f"{run['accuracy']} %" for run in seeds), statistics.stdev(float(run["accuracy"]) for run in seeds)
