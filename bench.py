@@ -6,8 +6,8 @@ from ("the seed"). `growth` runs each row in a process of its own, `predict` thi
 are noisy: ratios of one run hold better than absolutes. `python bench.py input step` runs single parts.
 assets/bench.png is drawn from the table.
 
-`python bench.py accuracy assets/history.csv` trains the seed's way for as long as that recorded run took, and writes
-assets/seed_history.csv.
+`python bench.py accuracy assets/teacher_history.csv assets/history.csv` trains the seed's way for as long as that recorded
+run took, its teacher included, and writes assets/seed_history.csv.
 """
 
 import contextlib
@@ -318,10 +318,10 @@ def bench_epoch(images: AlbumentationsCIFAR10, tests: AlbumentationsCIFAR10, cou
     return report("epoch", in_turn(rows, 2, memory), "training images/s")
 
 
-def bench_accuracy(images: AlbumentationsCIFAR10, tests: AlbumentationsCIFAR10, history: str) -> None:
-    """The seed's recipe, its one-cycle to 0.1 over as long as the run of that history took; a row an epoch, the last a part of one."""
-    with open(history) as file:
-        seconds = sum(float(row["seconds"]) for row in csv.DictReader(file))
+def bench_accuracy(images: AlbumentationsCIFAR10, tests: AlbumentationsCIFAR10, histories: list[str]) -> None:
+    """The seed's recipe, its one-cycle to 0.1 over as long as the runs of those histories took; a row an epoch, the last a part of one."""
+    recorded = [row for history in histories for row in csv.DictReader(Path(history).read_text().splitlines())]
+    seconds = sum(float(row["seconds"]) for row in recorded)
     torch.manual_seed(0)
     (net, optimizer), loaders, parts, rows = seed_net(), seed_loaders(images, tests), 10_000, []
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, parts)
@@ -452,7 +452,7 @@ def plot(table: Path, picture: Path) -> None:
 
 def main(parts: list[str]) -> None:
     os.chdir(Path(__file__).resolve().parent)
-    accuracy = parts[:1] == ["accuracy"] and len(parts) == 2
+    accuracy = parts[:1] == ["accuracy"] and len(parts) > 1
     root = find_cifar10(data="full" if accuracy else "auto")
     images, tests = (AlbumentationsCIFAR10(root, t, f()) for t, f in ((True, train_transform), (False, no_augmentation)))
     benches = {
@@ -463,9 +463,9 @@ def main(parts: list[str]) -> None:
         "predict": lambda: bench_predict(images),
     }
     if accuracy:
-        return bench_accuracy(images, tests, parts[1])
+        return bench_accuracy(images, tests, parts[1:])
     if unknown := [part for part in parts if part not in benches]:
-        sys.exit(f"expected parts of {', '.join(benches)}, or accuracy and a history, found {unknown[0]}")
+        sys.exit(f"expected parts of {', '.join(benches)}, or accuracy and histories, found {unknown[0]}")
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}; torch {torch.__version__}, {precision(DEVICE)}; {len(images):,} training images")
     old = []
