@@ -135,10 +135,14 @@ class Muon(torch.optim.Optimizer):
         lr: the step, as a share of the weights for orthogonal groups.
         momentum: in [0, 1).
         weight_decay: this share of the weights is added to the gradient; leave it 0 for orthogonal groups.
+
+    Raises ValueError for an orthogonal group that holds a vector or a number.
     """
 
     def __init__(self, groups: Iterable, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, orthogonal: bool = True):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "orthogonal": orthogonal})
+        if any(p.ndim < 2 for group in self.param_groups if group["orthogonal"] for p in group["params"]):
+            raise ValueError("expected orthogonal groups of 2 dimensions or more, found a vector: put it into a group with orthogonal=False")
 
     @torch.no_grad()
     def step(self) -> None:
@@ -146,8 +150,8 @@ class Muon(torch.optim.Optimizer):
             if not (parameters := [p for p in group["params"] if p.grad is not None]):
                 continue
             for p in parameters:
-                momentum = self.state[p].get("momentum", torch.zeros_like(p))
-                self.state[p]["momentum"] = laid_out_like(p, momentum)
+                momentum = self.state[p].get("momentum")
+                self.state[p]["momentum"] = torch.zeros_like(p) if momentum is None else laid_out_like(p, momentum)
             weights = [matrix(p) for p in parameters]
             momenta = [matrix(self.state[p]["momentum"]) for p in parameters]
             gradients = [matrix(laid_out_like(p, p.grad)) for p in parameters]
@@ -469,9 +473,9 @@ def fit(
             the weights and batch statistics, with this decay a step (Polyak and Juditsky 1992; Tarvainen
             and Valpola 2017, arXiv:1703.01780), or (1 + t) / (10 + t) at step t while that is smaller, so
             that a short run forgets its first steps too; 0 for the plain weights.
-        statistics: a loader of images as they are in the test, training images without augmentation: before each test
-            the batch norms' running statistics are taken from these, anew (`torch.optim.swa_utils.update_bn`).
-            Augmented images have others.
+        statistics: a loader of images as they are in the test, training images without augmentation, the classes mixed
+            in each batch: before each test the batch norms' running statistics are taken from these, anew
+            (`torch.optim.swa_utils.update_bn`). Augmented images have others.
         compile: run the training step, and on a CPU the test, through `torch.compile`: it takes up to a minute, which
             a long run earns back.
         history_file: a CSV file to write the history to, one row an epoch, after every epoch.
@@ -504,6 +508,9 @@ def fit(
             distributed.broadcast(tensor, 0)
 
     average = copy.deepcopy(model)
+    for module in average.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0  # it is never trained, and `update_bn`, which puts it into training mode, shall drop nothing
     pairs = list(zip(average.state_dict().values(), model.state_dict().values()))  # they share the memory of both
     weights = [list(side) for side in zip(*(pair for pair in pairs if pair[0].is_floating_point()))]
     parts = {"average": average, "optimizer": optimizer}  # of a checkpoint, beside the model
@@ -527,10 +534,10 @@ def fit(
         distributed.all_gather_object(recipes, recipe)
         if different := [key for key in recipe if any(other.get(key) != recipe[key] for other in recipes)]:
             raise ValueError(f"expected one run on all processes, found several by {different[0]!r}: give all the same data and options")
-    found = [find_run(Path(checkpoint), recipe, resume) if checkpoint is not None and not rank else None]
-    if distributed.is_initialized():
+    found = [find_run(Path(checkpoint), recipe, resume) if checkpoint is not None and not rank else None, torch.initial_seed()]
+    if distributed.is_initialized():  # the seed of rank 0, which no earlier `fit` has changed
         distributed.broadcast_object_list(found)
-    saved, own_seed = found[0], torch.initial_seed()
+    saved, seed = found
     history = saved["history"] if saved else []
     # A run that was killed may have saved an epoch that it did not write to the history.
     if history and history_file is not None and not rank:
@@ -574,7 +581,7 @@ def fit(
             learning_rate = optimizer.param_groups[0]["lr"]
             print(f"Epoch {epoch}")
             if rank:  # its own random numbers, dropout's, the same again where the run is resumed
-                torch.manual_seed(own_seed + 1_000_003 * epoch + rank)
+                torch.manual_seed(seed + 1_000_003 * epoch + rank)
             for part in (train_loader, getattr(train_loader, "sampler", None), getattr(train_loader, "dataset", None)):
                 if hasattr(part, "set_epoch"):
                     part.set_epoch(epoch)

@@ -148,11 +148,11 @@ def test_the_statistics_are_those_of_the_images_given(monkeypatch):
     images = [images for images, _ in batches]
     mean, variance = (torch.stack([function(part) for part in images]).mean().item() for function in (torch.mean, torch.var))
     for statistics, near in ((None, False), (batches, True)):
-        model = nn.Sequential(nn.BatchNorm2d(1), Scores())
+        model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(1), Scores())  # what is dropped in training is there in the test
         fit(model, batches, batches, torch.optim.SGD(model.parameters(), lr=0.01), epochs=2, ema_decay=0.9, statistics=statistics)
-        found = model[0].running_mean.item(), model[0].running_var.item()
+        found = model[1].running_mean.item(), model[1].running_var.item()
         assert (found == pytest.approx((mean, variance), rel=1e-5)) == near
-        assert model[0].momentum == 0.1 and model[0].num_batches_tracked == 4
+        assert model[0].p == 0.5 and model[1].momentum == 0.1 and model[1].num_batches_tracked == 4
 
 
 def test_set_epoch_reaches_loader_sampler_and_data_set():
@@ -198,6 +198,8 @@ def test_muon_makes_steps_orthogonal_and_keeps_the_norm_and_is_sgd_for_the_rest(
         stretch = torch.linalg.svdvals((before - bank.detach()).flatten(1) / 0.1)
         assert 0.6 < stretch.min() and stretch.max() < 1.3  # Jordan's steps end near 1, not at it
         torch.testing.assert_close(vector, twin)
+    with pytest.raises(ValueError, match="expected orthogonal groups of 2 dimensions or more, found a vector"):
+        Muon([bank, vector], lr=0.1)
     copies = [torch.nn.Parameter(p.detach().clone()) for p in (bank, vector)]
     resumed = Muon([{"params": [copies[0]]}, rest | {"params": [copies[1]]}], lr=0.1)
     resumed.load_state_dict(copy.deepcopy(muon.state_dict()))
