@@ -280,7 +280,9 @@ class CIFARCompose(A.Compose):
     """An `albumentations.Compose` whose `image` may be whatever `read_image` takes; ValueError for anything else."""
 
     def __call__(self, *args, **data) -> dict:
-        return super().__call__(*args, **data | {"image": read_image(data.get("image"))})
+        if "image" in data:  # else Albumentations says how it wants to be called
+            data["image"] = read_image(data["image"])
+        return super().__call__(*args, **data)
 
 
 def train_transform(mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> A.Compose:
@@ -363,8 +365,11 @@ class AlbumentationsCIFAR10(AlbumentationsImages):
             # The sheet lists the classes one after another, the same number of images of each.
             targets = [i * len(CLASSES) // len(data) for i in range(len(data))]
         else:
-            check_files(Path(root))
-            stored = CIFAR10(root, train=train)
+            try:
+                stored = CIFAR10(root, train=train)
+            except RuntimeError:  # it does not say which file
+                check_files(Path(root))
+                raise
             data, targets = stored.data, stored.targets
         super().__init__(data, targets, CLASSES, transform, seed)
 
@@ -626,7 +631,8 @@ class BatchLoader:
     would have it. Shuffled, all get the same number: the last batch is cut to what they can share, and left out where
     that is a single image each.
 
-    Raises ValueError for a batch size below 1 or, shuffled, one that the processes cannot share equally.
+    Raises ValueError for images without a transform, and for a batch size below 1 or, shuffled, one that the processes
+    cannot share equally.
     """
 
     def __init__(
@@ -645,6 +651,8 @@ class BatchLoader:
                 f"expected batch_size >= 1, a multiple of the {processes} process{'es' * (processes > 1)}, "
                 f"found {batch_size}: give the images a step, of all processes together"
             )
+        if images.transform is None:
+            raise ValueError("expected images with a transform, found none: give them test_transform(), or another Compose")
         self.images = torch.from_numpy(images.data).to(device)
         self.targets = torch.tensor(images.targets, device=device)
         self.transform = BatchTransform(images.transform, device)
@@ -657,9 +665,13 @@ class BatchLoader:
     def set_epoch(self, epoch: int) -> None:
         """Shuffle and draw the augmentations as in this epoch."""
         self.epoch = epoch
+        # What another teacher gave, or was given for another epoch where none comes again, is of no more use.
+        self.taught = {
+            (teacher, view): given
+            for (teacher, view), given in self.taught.items()
+            if teacher is self.teacher and (self.views or view == self.view)
+        }
         if self.teacher is not None and (self.teacher, self.view) not in self.taught:
-            if not self.views:  # what was given for another epoch is of no more use
-                self.taught.clear()
             everything, table = torch.arange(len(self.images), device=self.images.device), self.drawn()
             bar = tqdm(everything.split(1024), "Teacher", file=sys.stdout, leave=False, delay=2)
             self.taught[self.teacher, self.view] = torch.cat([self.teacher(self.augmented(rows, table)) for rows in bar])

@@ -409,7 +409,12 @@ def grad_cam(model: nn.Module, layer: str, images: torch.Tensor, classes: list[i
 
     Returns:
         float32 (N, H, W) on the CPU, in [0, 1], 1 at the largest of each image; zeros where nothing speaks for it.
+
+    Raises:
+        ValueError: not as many classes as images.
     """
+    if classes is not None and len(classes) != len(images):
+        raise ValueError(f"expected a class for each of {len(images)} images, found {len(classes)}: give all, or None")
     probe, images, maps = _probe(model), images.detach().cpu().float().requires_grad_(), []  # the model may be frozen
 
     def keep(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:

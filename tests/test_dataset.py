@@ -102,6 +102,8 @@ def test_batch_loader_visits_every_image_once_in_an_order_of_its_own_each_epoch(
     assert [len(targets) for _, targets in BatchLoader(images, 499, shuffle=True)] == [499], "one image is no batch"
     with pytest.raises(ValueError, match="batch_size >= 1"):
         BatchLoader(images, -1, shuffle=True)
+    with pytest.raises(ValueError, match="expected images with a transform, found none"):
+        BatchLoader(AlbumentationsCIFAR10(ASSETS, train=False), 10, shuffle=True)
 
 
 @pytest.mark.parametrize("views", [2, None])
@@ -122,6 +124,10 @@ def test_the_teacher_is_asked_once_about_each_view_and_its_answers_follow_the_pi
     assert all(seen[0][0] != targets for targets, _ in seen[1:]), "the order is new in each epoch"
     same = [torch.equal(seen[0][1], answers) for _, answers in seen]
     assert same == [True, False, bool(views), False]
+    loader.teacher = lambda pictures: -teacher(pictures)
+    pictures, _, answers = next(iter(loader))
+    torch.testing.assert_close(answers, -pictures.mean((2, 3)))
+    assert len(asked) == (views or 4) + 1 and len(loader.taught) == 1, "another teacher is asked anew, and the answers of the first are gone"
 
 
 def test_damaged_file_is_named_and_nothing_deleted(tmp_path):
@@ -167,3 +173,5 @@ def test_test_transform_normalises():
     found = dataset.test_transform()(image=image)["image"]
     assert found.dtype == torch.float32 and found.shape == (3, 32, 32)
     assert np.abs(found.numpy() - expected.transpose(2, 0, 1)).max() < 1e-6
+    with pytest.raises(KeyError, match="named arguments"):  # Albumentations' own
+        dataset.test_transform()(image)

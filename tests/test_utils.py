@@ -350,3 +350,5 @@ def test_grad_cam_is_hot_where_the_class_was_seen_and_leaves_the_model_alone():
     assert heat[1, 1, 5] == 0 and (heat[1] == 1).sum() == 63
     assert torch.equal(grad_cam(model, "map", images), heat[:1].expand(2, -1, -1))  # the class that it names
     assert model.training and model.norm.running_mean == 0 and model.map.weight.grad is None and not model.map._forward_hooks
+    with pytest.raises(ValueError, match="a class for each of 2 images, found 1"):
+        grad_cam(model, "map", images, [0])
