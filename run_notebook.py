@@ -1,13 +1,15 @@
 """Execute S8.ipynb and put the result in its place: python run_notebook.py [NAME=VALUE ...]
 
 The names are those of the notebook's parameters cell. While it runs, the result grows in runs/S8.ipynb;
-only a complete run replaces S8.ipynb, and one that fails says why in its last line.
+only a complete run replaces S8.ipynb, and one that fails says why in its last line. RESUME=false
+is a comment there, so that all cells, run again, go on.
 
 With --script before them nothing is executed: S8.py is written, the notebook with these values, for torchrun.
 """
 
 import ast
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -62,6 +64,10 @@ def main() -> None:
         os._exit(1)  # else Python complains, on its way out, of questions that the stopped kernel will not answer
     notebook = nbformat.read(GROWING, as_version=4)
     notebook.metadata.pop("papermill", None)  # it holds a copy of the whole input
+    for cell in notebook.cells:
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            # Who runs all cells of the result again, after a crash, wants to go on.
+            cell.source = re.sub(r"(?m)^RESUME = ", "# RESUME = ", cell.source)
     nbformat.write(notebook, GROWING)
     os.replace(GROWING, NOTEBOOK)
 

@@ -112,6 +112,8 @@ def test_same_seed_same_history_and_pictures_and_another_seed_others(clone, samp
         assert (history == first[0]) == same
         assert all(torch.equal(weights[key], first[1][key]) for key in weights) == same
         assert [a == b for a, b in zip(pictures, first[2])] == [same] * len(PICTURES)
+    (given,) = [cell.source for cell in nbformat.read(clone / "S8.ipynb", as_version=4).cells if "injected-parameters" in cell.metadata.get("tags", [])]
+    assert "\nSEED = 1" in given and "\n# RESUME = False" in given  # the next to run all cells wants to go on
 
 
 def test_after_a_crash_all_cells_again_go_on_and_a_finished_run_is_said(clone):
