@@ -679,7 +679,7 @@ class BatchLoader:
     @property
     def view(self) -> int:
         """The epoch whose augmentations the images get."""
-        return self.epoch % self.views if self.views else self.epoch
+        return (self.epoch - 1) % self.views + 1 if self.views else self.epoch  # epochs are counted from 1
 
     def drawn(self) -> torch.Tensor:
         """The augmentations of this epoch, a row an image."""

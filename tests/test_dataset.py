@@ -124,6 +124,11 @@ def test_the_teacher_is_asked_once_about_each_view_and_its_answers_follow_the_pi
     assert all(seen[0][0] != targets for targets, _ in seen[1:]), "the order is new in each epoch"
     same = [torch.equal(seen[0][1], answers) for _, answers in seen]
     assert same == [True, False, bool(views), False]
+    alone = BatchLoader(images, 150, shuffle=False)
+    for epoch in (1, 2):  # those that a teacher has learnt from in its epochs come again
+        alone.set_epoch(epoch)
+        own = torch.cat([pictures.mean((2, 3)) for pictures, _ in alone])
+        torch.testing.assert_close(own.sort(0).values, seen[epoch - 1][1])
     loader.teacher = lambda pictures: -teacher(pictures)
     pictures, _, answers = next(iter(loader))
     torch.testing.assert_close(answers, -pictures.mean((2, 3)))
