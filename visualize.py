@@ -96,6 +96,8 @@ def plot_augmentations(image, augmented, note=""):
 def plot_history(history, references=None, note=""):
     """Accuracy (large), loss and learning rate by epoch; the last accuracies stand in the legend.
 
+    The accuracies of a long run are shown from about its twentieth part on.
+
     Args:
         history: one dict an epoch, at least one, with `epoch` (integer), `train_loss` and `test_loss` (nats
             per image), `train_accuracy` and `test_accuracy` (percent) and `learning_rate`.
@@ -125,6 +127,9 @@ def plot_history(history, references=None, note=""):
     for index, (label, accuracy) in enumerate(sorted((references or {}).items(), key=lambda item: -item[1])):
         color, style = REFERENCE_STYLES[index % len(REFERENCE_STYLES)]
         panels["accuracy"].axhline(accuracy, color=color, ls=style, lw=1.5, label=f"{label}: {accuracy:.2f} %")
+    if count >= 20:  # the first epochs climb far below what the end is compared with
+        shown = [*column["train_accuracy"][count // 20 :], *column["test_accuracy"][count // 20 :], *(references or {}).values()]
+        panels["accuracy"].set_ylim(bottom=min(shown) - 1)
     units = {"accuracy": "accuracy (%)", "loss": "loss (nats per image)", "learning_rate": "learning rate"}
     for name, axes in panels.items():
         _label(axes, "epoch", units[name])
@@ -193,7 +198,8 @@ def plot_predictions(images, truths, answers, heat=None, note=""):
     if heat is not None and (np.ndim(heat) != 3 or len(heat) != len(images)):
         raise ValueError(f"heat: expected ({len(images)}, h, w), found {np.shape(heat)}; pass one map for each image")
     longest, looks = max(map(len, answers)), 1 if heat is None else 2
-    figure = _figure(max(5, 1.5 * len(images)), 0.8 + 1.3 * looks + 0.2 * longest, "Predictions and their probabilities", note)
+    title = "Predictions and their probabilities" if heat is None else "Predictions; bright: where the network looked"
+    figure = _figure(max(5, 1.5 * len(images)), 0.8 + 1.3 * looks + 0.2 * longest, title, note)
     *pictures, charts = figure.subplots(1 + looks, len(images), squeeze=False, height_ratios=[1.3] * looks + [0.2 * longest])
     for k, (chart, image, truth, answer) in enumerate(zip(charts, images, truths, answers)):
         for look in range(looks):
@@ -228,9 +234,10 @@ def plot_reliability(bins, error, note=""):
     figure = _figure(9, 3.6, f"Calibration: expected error {100 * error:.1f} points", note)
     left, right = figure.subplots(1, 2)
     left.plot([0, 100], [0, 100], color="#777777", ls="--", lw=1.5, label="as sure as right")
-    left.plot(100 * confidence, 100 * accuracy, "o-", color=BLUE, ms=5, lw=1.5, label="the model")
+    left.plot(100 * confidence, 100 * accuracy, color=BLUE, lw=1.5, label="the model")
+    left.scatter(100 * confidence, 100 * accuracy, 5 + 200 * count / count.sum(), BLUE, zorder=3, clip_on=False)
     left.set(xlim=(0, 100), ylim=(0, 100))
-    left.legend(fontsize=SMALL)
+    left.legend(fontsize=SMALL, loc="upper left")
     right.bar(100 * confidence, 100 * count / count.sum(), width=5, color=BLUE)
     right.set_xlim(0, 103)
     _label(left, "confidence (%)", "correct (%)")
@@ -250,7 +257,7 @@ def plot_robustness(clean, damaged, note=""):
     """
     if not damaged or not all(damaged.values()):
         raise ValueError("damaged: expected strengths for each kind of damage, found none; pass {kind: {strength: accuracy}}")
-    figure = _figure(9, 3.2, f"Accuracy on damaged test images: {clean:.2f} % without damage", note)
+    figure = _figure(9, 3.2, f"Accuracy on damaged test images; dashed: {clean:.2f} % without damage", note)
     panels = figure.subplots(1, len(damaged), squeeze=False, sharey=True)[0]
     for axes, (kind, accuracies) in zip(panels, damaged.items()):
         axes.axhline(clean, color="#777777", ls="--", lw=1.5)
