@@ -106,7 +106,7 @@ NOT_DELIVERED = (urllib.error.URLError, http.client.HTTPException, ssl.SSLError,
 
 
 def download(root: Path) -> list[str]:
-    """Get CIFAR-10 into root, and return nothing; else, of each of SOURCES, why it did not work, printed as it happens.
+    """Get CIFAR-10 into root, and return []; else, of each of SOURCES, why it did not work, printed as it happens.
 
     What has arrived stays in cifar-10-python.tar.gz.partial, and the next source, or the next call, goes on from
     there. An archive that somebody put into `root` by hand is used first, and kept. A second process waits.
@@ -243,8 +243,11 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int 
         warnings.simplefilter("ignore")  # of odd metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            if isinstance(source, (np.ndarray, Image.Image)):
-                image = ImageOps.exif_transpose(file) if isinstance(file, Image.Image) else file
+            if isinstance(source, np.ndarray):
+                image = source
+            elif isinstance(source, Image.Image):
+                image = ImageOps.exif_transpose(source)
+                image.format = source.format  # a copy has none, and in a PPM 32 bits stand for 16
             else:
                 image = Image.open(file, formats=FORMATS)
                 image.draft(None, (8 * size, 8 * size))  # a large JPEG is decoded at an eighth of its size, or a quarter
@@ -277,7 +280,7 @@ def square(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
 
 
 class CIFARCompose(A.Compose):
-    """An `albumentations.Compose` whose `image` may be whatever `read_image` takes; ValueError for anything else."""
+    """An `albumentations.Compose` whose `image` may be whatever `read_image` takes; it raises what that raises."""
 
     def __call__(self, *args, **data) -> dict:
         if "image" in data:  # else Albumentations says how it wants to be called
@@ -359,9 +362,7 @@ class AlbumentationsCIFAR10(AlbumentationsImages):
         self.is_sample = Path(root).resolve() == ASSETS
         if self.is_sample:
             sheet = cv2.imread(str(ASSETS / f"cifar10_sample_{'train' if train else 'test'}.webp"))
-            rows, columns = sheet.shape[0] // 32, sheet.shape[1] // 32
-            tiles = sheet[..., ::-1].reshape(rows, 32, columns, 32, 3).swapaxes(1, 2)
-            data = tiles.reshape(-1, 32, 32, 3)
+            data = sheet[..., ::-1].reshape(len(sheet) // 32, 32, -1, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3)
             # The sheet lists the classes one after another, the same number of images of each.
             targets = [i * len(CLASSES) // len(data) for i in range(len(data))]
         else:
@@ -522,7 +523,7 @@ class BatchTransform:
         for stage in self.stages:  # in place: a new tensor a step would cost more than the arithmetic
             step = stage[0]
             if isinstance(step, MOVES):
-                x, table = sample(x, table[:, :6], stage), table[:, 6:]
+                x, table = resample(x, table[:, :6], stage), table[:, 6:]
             elif isinstance(step, A.CoarseDropout):
                 holes = step.num_holes_range[1]
                 y_min, y_max, x_min, x_max = table[:, : 4 * holes].reshape(len(x), 4, holes, 1).unbind(1)
@@ -593,7 +594,7 @@ def forward_map(step: A.BasicTransform, found: dict, count: int, size: tuple[int
     return maps
 
 
-def sample(x: torch.Tensor, maps: torch.Tensor, stage: list[A.BasicTransform]) -> torch.Tensor:
+def resample(x: torch.Tensor, maps: torch.Tensor, stage: list[A.BasicTransform]) -> torch.Tensor:
     """Images (N, 3, H, W) at the places that the maps (N, 6), and the borders of the stage's transforms, say.
 
     Flips and crops move whole pixels, exactly; warps interpolate bilinearly.
@@ -608,7 +609,7 @@ def sample(x: torch.Tensor, maps: torch.Tensor, stage: list[A.BasicTransform]) -
     xs, ys = torch.arange(columns, device=x.device), torch.arange(rows, device=x.device)
     places = torch.stack([xs.repeat(rows), ys.repeat_interleave(columns), torch.ones_like(xs).repeat(rows)]).float()
     # grid_sample wants -1 and 1 for the centres of the first and the last pixel.
-    unit = constant((2 / (width - 1), 2 / (height - 1)), x.device).view(2, 1)
+    unit = constant((2 / max(1, width - 1), 2 / max(1, height - 1)), x.device).view(2, 1)
     maps = maps.reshape(count, 2, 3) * unit - constant((0, 0, 1), x.device)
     grid = (maps.view(-1, 3) @ places).view(count, 2, rows, columns).permute(0, 2, 3, 1)
     kind = "bilinear" if any(isinstance(step, WARPS) for step in stage) else "nearest"
@@ -664,25 +665,17 @@ class BatchLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle and draw the augmentations as in this epoch."""
-        self.epoch = epoch
+        self.epoch, self.view = epoch, (epoch - 1) % self.views + 1 if self.views else epoch  # epochs are counted from 1
         # What another teacher gave, or was given for another epoch where none comes again, is of no more use.
-        self.taught = {
-            (teacher, view): given
-            for (teacher, view), given in self.taught.items()
-            if teacher is self.teacher and (self.views or view == self.view)
-        }
+        known = [(teacher, view) for teacher, view in self.taught if teacher is self.teacher and (self.views or view == self.view)]
+        self.taught = {key: self.taught[key] for key in known}
         if self.teacher is not None and (self.teacher, self.view) not in self.taught:
             everything, table = torch.arange(len(self.images), device=self.images.device), self.drawn()
             bar = tqdm(everything.split(1024), "Teacher", file=sys.stdout, leave=False, delay=2)
             self.taught[self.teacher, self.view] = torch.cat([self.teacher(self.augmented(rows, table)) for rows in bar])
 
-    @property
-    def view(self) -> int:
-        """The epoch whose augmentations the images get."""
-        return (self.epoch - 1) % self.views + 1 if self.views else self.epoch  # epochs are counted from 1
-
     def drawn(self) -> torch.Tensor:
-        """The augmentations of this epoch, a row an image."""
+        """The augmentations of this epoch, or of the one whose they are again (`view`), a row an image."""
         return self.transform.draw(len(self.images), tuple(self.images.shape[1:3]), self.seed, self.view)
 
     def augmented(self, rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """Train a classifier one epoch, test it, and fit it for many. Knows no data set and no network.
 
 A loader is any iterable of (images, targets) batches with a length: a `DataLoader`, say; see `train` for a third part.
-What it, its sampler or its data set offers as `set_epoch(epoch)` is called before each epoch. Losses and accuracies are exact over all samples,
-whatever the batch sizes: sums are kept on the device (see REDRAW). Nothing that is loaded here can run code.
+What it, its sampler or its data set offers as `set_epoch(epoch)` is called before each epoch. Losses and accuracies are
+exact over all samples, whatever the batch sizes: sums are kept on the device (see REDRAW). Nothing that is loaded here
+can run code.
 """
 
 import atexit
@@ -118,11 +119,6 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters are."""
-    return next(model.parameters()).device
-
-
 class Muon(torch.optim.Optimizer):
     """Steps of one size in every direction: the momentum of each filter bank is made orthogonal before it is applied.
 
@@ -142,7 +138,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, groups: Iterable, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, orthogonal: bool = True):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "orthogonal": orthogonal})
         if any(p.ndim < 2 for group in self.param_groups if group["orthogonal"] for p in group["params"]):
-            raise ValueError("expected orthogonal groups of 2 dimensions or more, found a vector: put it into a group with orthogonal=False")
+            raise ValueError("expected 2 dimensions or more, found a vector: put it into a group with orthogonal=False")
 
     @torch.no_grad()
     def step(self) -> None:
@@ -224,12 +220,6 @@ def join_processes() -> tuple[torch.device, int, int]:
     return torch.device("cuda", local) if gpu else torch.device("cpu"), distributed.get_rank(), distributed.get_world_size()
 
 
-def synchronised(model: nn.Module) -> nn.Module:
-    """The model with its own parameters and buffers, whose batch norms take their statistics from all processes."""
-    own = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model, own))
-
-
 @torch.no_grad()
 def agree(tensors: Iterable[torch.Tensor]) -> None:
     """Put in the place of each floating-point tensor its mean over all processes."""
@@ -262,7 +252,7 @@ def gradient_step(
     """The function that takes a batch (images, targets), changes the weights by it, and gives the logits it had for it.
 
     Where it is given the probabilities (B, C) that a teacher found, too, these are learnt in place of the targets.
-    `network` computes what the model does, faster (`compiled`) or for all processes (`synchronised`).
+    `network` computes what the model does, faster (`compiled`) or with batch norm over all processes.
     """
 
     def step(images: torch.Tensor, targets: torch.Tensor, taught: torch.Tensor | None = None) -> torch.Tensor:
@@ -356,7 +346,7 @@ def train(
     Raises FloatingPointError for a loss that is NaN or infinite: at once on a CPU, within half a second on a GPU.
     Raises ValueError for a loader without batches.
     """
-    device = device_of(model)
+    device = next(model.parameters()).device
     step = step or gradient_step(model, optimizer, label_smoothing)
     model.train()
     loss_sum = torch.zeros((), device=device, dtype=torch.float64)
@@ -410,7 +400,7 @@ def test(
 
     `network` computes what the model does in evaluation mode, faster: see `compiled`.
     """
-    device = device_of(model)
+    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     loss_sum, correct, seen = torch.zeros((), device=device, dtype=torch.float64), 0, 0
@@ -500,7 +490,7 @@ def fit(
     """
     if epochs < 1 or not 0 <= ema_decay < 1:
         raise ValueError(f"expected epochs >= 1 and 0 <= ema_decay < 1, found {epochs} and {ema_decay}")
-    device = device_of(model)
+    device = next(model.parameters()).device
     keep_freed_memory()
     model.to(memory_format=torch.channels_last)
     if distributed.is_initialized():
@@ -513,7 +503,7 @@ def fit(
             module.p = 0.0  # it is never trained, and `update_bn`, which puts it into training mode, shall drop nothing
     pairs = list(zip(average.state_dict().values(), model.state_dict().values()))  # they share the memory of both
     weights = [list(side) for side in zip(*(pair for pair in pairs if pair[0].is_floating_point()))]
-    parts = {"average": average, "optimizer": optimizer}  # of a checkpoint, beside the model
+    parts = {"model": model, "average": average, "optimizer": optimizer}  # of a checkpoint
     parts |= {"scheduler": scheduler} if scheduler is not None else {}
     recipe = {
         "epochs": epochs,
@@ -549,7 +539,8 @@ def fit(
         print(f"Training on {processor}, in {str(precision(device)).removeprefix('torch.')}, channels-last")
     network, tested = model.train(), None
     if distributed.is_initialized() and device.type == "cuda":  # there is no such batch norm for CPUs
-        network = synchronised(model)  # and none that torch.compile is known to take
+        own = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}  # shared, not copied
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model, own))  # torch.compile may not take it
     elif compile and len(history) < epochs:
         network = compiled(model, next(iter(train_loader))[0].to(device))
         if device.type == "cpu":  # on a GPU the test takes too short a time to win the compiler's back
@@ -558,7 +549,6 @@ def fit(
     if compile and device.type == "cuda" and not distributed.is_initialized():
         step = replayed(step, optimizer)
     if saved:
-        load_state(model, saved["model"], checkpoint)
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         set_random_state(saved["random"], train_loader)
@@ -586,14 +576,7 @@ def fit(
                 if hasattr(part, "set_epoch"):
                     part.set_epoch(epoch)
             try:
-                trained = train(
-                    model,
-                    train_loader,
-                    optimizer,
-                    scheduler,
-                    step=step,
-                    after_step=after_step,
-                )
+                trained = train(model, train_loader, optimizer, scheduler, step=step, after_step=after_step)
                 if statistics is not None:
                     with autocast(device):
                         update_bn(statistics, average, device)
@@ -618,7 +601,7 @@ def fit(
             if rank:
                 continue
             if checkpoint is not None:
-                state = {name: part.state_dict() for name, part in [("model", model), *parts.items()]}
+                state = {name: part.state_dict() for name, part in parts.items()}
                 state |= {"recipe": recipe, "random": random_state(train_loader), "history": history}
                 try:
                     save_checkpoint(state, Path(checkpoint))
@@ -646,15 +629,22 @@ def fit(
 
 
 def describe(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler | None) -> dict[str, object]:
-    """What tells these from others, whether or not they have already been stepped: all options but what steps change."""
+    """What tells these from others, whether or not they have already been stepped: all options but what steps change.
+
+    The functions of a `LambdaLR` are not among a schedule's options: name them in the recipe.
+    """
     described = {"optimizer": type(optimizer).__name__, "schedule": type(scheduler).__name__}
     for i, group in enumerate(optimizer.param_groups):
         moving = {"params"} | ({"lr"} if "initial_lr" in group else set())
         moving |= {"momentum", "betas"} if "max_momentum" in group else set()
         described[f"parameters {i}"] = {key: value for key, value in group.items() if key not in moving}
-    moving = ("last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial", "_schedulers")
-    moving += ("T_cur", "T_i", "best", "num_bad_epochs", "cooldown_counter")
-    options = {key: value for key, value in scheduler.state_dict().items() if key not in moving} if scheduler is not None else {}
+    steps = ("last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial", "T_cur", "T_i")
+
+    def settings(state: dict) -> dict:  # a schedule may consist of others
+        still = {key: value for key, value in state.items() if key not in steps}
+        return still | {"_schedulers": [settings(part) for part in still["_schedulers"]]} if "_schedulers" in still else still
+
+    options = settings(scheduler.state_dict()) if scheduler is not None else {}
     return described | {"schedule": f"{described['schedule']} {re.sub(' at 0x[0-9a-f]+', '', str(options))}"}
 
 
@@ -665,8 +655,8 @@ def find_run(path: Path, recipe: dict[str, str], resume: bool) -> dict | None:
     for key in dict.fromkeys([*recipe, *state["recipe"]]) if state else ():
         was, now = (texts.get(key, "not given") for texts in (state["recipe"], recipe))
         if was != now:
-            same = max(0, len(os.path.commonprefix([was, now])) - 30)  # of a long text, the place where it differs
-            changes.append(f"{key} was {was[same : same + 60]}, is {now[same : same + 60]}")
+            at = max(0, len(os.path.commonprefix([was, now])) - 30)  # of a long text, the place where it differs
+            changes.append(f"{key} was {was[at : at + 60]}, is {now[at : at + 60]}")
     if changes or state is None:
         if kept := [str(set_aside(file)) for file in (path, previous(path)) if file.exists()]:
             why = f"is of another run ({changes[0]})" if changes else "is not resumed, as asked"
@@ -838,15 +828,10 @@ def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
             state, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"expected safetensors weights in {path}, found something else or damage ({error}): get it anew") from None
-    load_state(model, state, path)
-    return metadata
-
-
-def load_state(model: nn.Module, state: dict[str, torch.Tensor], source: str | Path) -> None:
-    """`model.load_state_dict` after a check that names the first key that differs, in a ValueError."""
     own = model.state_dict()
     for key in dict.fromkeys([*own, *state]):
         expected, found = (tuple(tensors[key].shape) if key in tensors else "none" for tensors in (own, state))
         if expected != found:
-            raise ValueError(f"expected {key} of shape {expected} in {source}, found {found}: it is of another model")
+            raise ValueError(f"expected {key} of shape {expected} in {path}, found {found}: it is of another model")
     model.load_state_dict(state)
+    return metadata

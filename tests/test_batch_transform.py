@@ -202,6 +202,13 @@ def test_picture_follows_from_seed_epoch_and_index_alone(compose, images):
     assert torch.equal(transform.draw(len(batch), (32, 32), 5, 2), table)
 
 
+def test_images_one_pixel_wide():
+    column = torch.arange(12, dtype=torch.uint8).view(2, 2, 1, 3)
+    transform = BatchTransform(A.Compose([A.VerticalFlip(p=1), A.HorizontalFlip(p=1)]))
+    found = transform(column, transform.draw(2, (2, 1), 0, 0))
+    assert torch.equal(found, column.flip(1).permute(0, 3, 1, 2).float())
+
+
 @pytest.mark.parametrize("border", [{"fill": 0}, {"fill": COLOUR}, {"border_mode": REFLECT}], ids=str)
 def test_fused_warps_are_one_warp_by_the_product_of_the_maps(border, images):
     steps = [A.HorizontalFlip(), A.Rotate(15, **border), A.ShiftScaleRotate(0.1, 0.1, 15, **border)]

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from dataset import ASSETS
 from model import Net
-from training_utils import fit, load_checkpoint, load_weights, previous, save_weights
+from training_utils import describe, fit, load_checkpoint, load_weights, previous, save_weights
 
 EPOCHS, STEPS = 5, 4
 
@@ -226,6 +227,22 @@ def test_another_run_is_said_kept_and_not_mixed(change, said, tmp_path, capsys):
     assert same(run(tmp_path, **change), expected)
     assert said in capsys.readouterr().out
     assert [path.read_bytes() for path in tmp_path.glob("net.2*.pt")] == [before]
+
+
+def test_schedules_of_several_parts_are_told_apart():
+    def described(warmup, length):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        parts = [LinearLR(optimizer, 0.1, total_iters=warmup), CosineAnnealingLR(optimizer, length)]
+        schedule = SequentialLR(optimizer, parts, [5])
+        before = describe(optimizer, schedule)
+        for _ in range(7):
+            optimizer.step()
+            schedule.step()
+        assert describe(optimizer, schedule) == before, "as they were before they were stepped"
+        return before
+
+    assert described(5, 10) == described(5, 10)
+    assert described(5, 10) != described(5, 20) and described(5, 10) != described(4, 10)
 
 
 class Payload:

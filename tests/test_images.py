@@ -82,7 +82,9 @@ def test_nearly_the_same_from_lossy_files(name):
 def test_grey_sixteen_bits_and_transparency():
     grey = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
     expected = np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, 2)
-    for source in (grey, grey[..., None], Image.fromarray(grey), encoded(Image.fromarray(grey)), expected[..., 0], expected[..., :1]):
+    pgm = encoded(Image.fromarray(grey), "PPM")
+    files = (encoded(Image.fromarray(grey)), pgm, Image.open(io.BytesIO(pgm)))
+    for source in (grey, grey[..., None], Image.fromarray(grey), *files, expected[..., 0], expected[..., :1]):
         assert np.array_equal(read_image(source), expected)
     clear = np.dstack([PICTURE, np.zeros((32, 32), np.uint8)])
     assert (read_image(clear) == 255).all() and (read_image(Image.fromarray(clear)) == 255).all()
