@@ -3,7 +3,8 @@
 Every stage is four blocks in turn: a depthwise-separable convolution (depthwise 3x3, then pointwise
 1x1), two 3x3 convolutions with dilation 2, and a 3x3 convolution that halves the map with stride 2
 (in the last stage stride 1, which keeps it). Each block ends in ReLU, batch norm and dropout, in that order. No convolution
-has a bias: the batch norms carry the offsets. Each but the classifier begins with twice the identity in it.
+has a bias: the batch norms carry the offsets. Each but the classifier begins with twice the identity added to torch's
+random weights.
 
     stage   channels   map in    map out   parameters   receptive field at its end
     1       3 -> 32    32 x 32   16 x 16       28,027     13 px
@@ -96,6 +97,8 @@ def stage(in_channels: int, channels: int, stride: int, dropout: float) -> nn.Se
 
 class Net(nn.Module):
     """Images (N, in_channels, H, W), normalised float, H and W at least 32, to logits (N, num_classes).
+
+    The trained weights expect RGB in [0, 1], minus the mean and divided by the standard deviation in their metadata.
 
     Args:
         num_classes: classes to tell apart.

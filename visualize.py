@@ -22,6 +22,7 @@ BLUE, VERMILION = "#0072B2", "#D55E00"
 REFERENCE_STYLES = [("#009E73", "--"), ("#CC79A7", "-."), ("#000000", ":"), ("#E69F00", (0, (8, 2)))]
 HISTORY_KEYS = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "learning_rate")
 SMALL, MEDIUM, LARGE = 8.5, 9.5, 11  # font sizes in points
+BARE = {"xticks": [], "yticks": [], "frameon": False}  # axes that hold a picture
 
 
 def denormalize(images, mean, std):
@@ -168,10 +169,7 @@ def plot_misclassified(images, targets, predictions, confidences, classes, note=
     rows = -(-count // 7)
     columns = -(-count // rows)  # rows of equal length where possible: 30 is 5 rows of 6, not 4 of 7 and one of 2
     figure = _figure(max(5, 1.28 * columns), 0.35 + 1.83 * rows, "Misclassified images", note)
-    cells = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in cells:
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
+    cells = figure.subplots(rows, columns, squeeze=False, subplot_kw=BARE).ravel()
     for axes, image, target, prediction, confidence in zip(cells, images, targets, predictions, confidences):
         axes.imshow(image, interpolation="nearest")
         caption = f"true: {classes[target]}\npred.: {classes[prediction]}\nconf.: {100 * confidence:.1f} %"
@@ -183,7 +181,7 @@ def plot_predictions(images, truths, answers, heat=None, note=""):
     """Images side by side; above each what it is, under it its most probable classes as bars.
 
     Args:
-        images: uint8 array (K, H, W, 3), RGB, K from 1 to about 7.
+        images: uint8 array (K, H, W, 3), RGB, K from 1 to about 6.
         truths: K captions: the true classes, or the pictures' names.
         answers: for each image a list of (class name, probability in [0, 1]), as `predict` gives them.
         heat: float array (K, h, w) in [0, 1], as `grad_cam` gives it: each image once more, with that laid over it.
@@ -200,7 +198,9 @@ def plot_predictions(images, truths, answers, heat=None, note=""):
     longest, looks = max(map(len, answers)), 1 if heat is None else 2
     title = "Predictions and their probabilities" if heat is None else "Predictions; bright: where the network looked"
     figure = _figure(max(5, 1.5 * len(images)), 0.8 + 1.3 * looks + 0.2 * longest, title, note)
-    *pictures, charts = figure.subplots(1 + looks, len(images), squeeze=False, height_ratios=[1.3] * looks + [0.2 * longest])
+    *pictures, charts = figure.subplots(
+        1 + looks, len(images), squeeze=False, subplot_kw=BARE, height_ratios=[1.3] * looks + [0.2 * longest]
+    )
     for k, (chart, image, truth, answer) in enumerate(zip(charts, images, truths, answers)):
         for look in range(looks):
             pictures[look][k].imshow(image, interpolation="nearest")
@@ -212,9 +212,6 @@ def plot_predictions(images, truths, answers, heat=None, note=""):
         for row, (name, probability) in enumerate(answer):
             chart.text(0.03, row, f"{name} {100 * probability:.1f} %", va="center", fontsize=SMALL)
         chart.set(xlim=(0, 1), ylim=(longest - 0.5, -0.5))
-        for axes in (chart, *(row[k] for row in pictures)):
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
     return figure
 
 
@@ -294,7 +291,7 @@ def plot_confusion_matrix(targets, predictions, classes, note=""):
     mistakes = np.ma.masked_array(counts, np.eye(size, dtype=bool))
     title = f"Confusion matrix: {100 * counts.trace() / total:.2f} % of {total:,} images correct"
     figure = _figure(9, 7, title, note)
-    axes = figure.subplots()
+    axes = figure.subplots(subplot_kw={"frameon": False})
     # White to vermilion and no darker: black numbers stay legible on every shade.
     shades = LinearSegmentedColormap.from_list("mistakes", ["white", VERMILION]).with_extremes(bad="#DDDDDD")
     top = max(1, mistakes.filled(0).max())
@@ -311,7 +308,6 @@ def plot_confusion_matrix(targets, predictions, classes, note=""):
     axes.set_xlabel("predicted class", fontsize=MEDIUM)
     axes.set_ylabel("true class", fontsize=MEDIUM)
     axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
     bar = figure.colorbar(drawn, aspect=45, pad=0.03, ticks=MaxNLocator(integer=True))
     bar.set_label("misclassified images", fontsize=MEDIUM)
     bar.ax.tick_params(labelsize=SMALL)
@@ -359,12 +355,10 @@ def _draw_rows(rows, labels, columns, title, note, heads=()):
     across = 0.25 + 0.07 * max(map(len, labels)) + cell * sheet.shape[1] / width
     down = (0.65 if heads else 0.45) + cell * sheet.shape[0] / width
     figure = _figure(max(5, across), down, title, note)
-    axes = figure.subplots()
+    axes = figure.subplots(subplot_kw={"xticks": [], "frameon": False})
     axes.imshow(sheet, interpolation="nearest")
     axes.set_yticks(np.arange(len(rows)) * height + height / 2 - 1.5, labels, fontsize=MEDIUM)
-    axes.set_xticks([])
     axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
     for head, center in zip(heads, (width / 2 - 1.5, (width + lead + sheet.shape[1]) / 2)):
         axes.text(center, -3, head, ha="center", fontsize=MEDIUM)
     return figure
