@@ -31,7 +31,7 @@ RECIPE = (REPOSITORY / "RECIPE.md").read_text()
 BOTH = README + RECIPE  # the ablations are in the one or the other
 # What others say of themselves, in the README's comparison and on its curves; and what earlier recipes of this notebook reached.
 OTHERS = {"86.15 %", "91.25 %", "92.60 %", "92.56 %", "93.02 %", "94.01 %", "90.29 %"}
-BEFORE = {"90.10 %", "90.27 %", "90.93 %"}
+BEFORE = {"90.10 %", "90.27 %", "90.93 %", "91.40 %"}
 EARLIER = "Muon, rate 0.05, identity added twice, affine"  # of the ablations: the notebook's recipe before
 NOTEBOOK = nbformat.read(REPOSITORY / "S8.ipynb", as_version=4)
 PRINTED = "".join(text_of(cell) for cell in NOTEBOOK.cells if cell.cell_type == "code")
@@ -133,7 +133,8 @@ def test_numbers_are_the_history_s():
         taken = teaching + sum(seconds[:reached])
         by_then = [row["test_accuracy"] for row in SEEDS_WAY if row["seconds"] <= taken][-1]
         assert shown == [str(reached), f"{taken / 60:.0f}", f"{by_then:.2f} %"]
-    assert f"the last | {len(HISTORY)} | {minutes} | {SEEDS_WAY[-1]['test_accuracy']:.2f} % |" in README
+    by_then = [row["test_accuracy"] for row in SEEDS_WAY if row["seconds"] <= teaching + sum(seconds)][-1]
+    assert f"the last | {len(HISTORY)} | {minutes} | {by_then:.2f} % |" in README
     teachers = f"{TEACHER[-1]['test_accuracy']:.2f} %"
     own = {f"{last['test_accuracy']:.2f} %", teachers, f"{last['train_accuracy']:.2f} %", *accuracies_on_gpu()[0], *re.findall(r"\d\d\.\d\d ?%", PRINTED)}
     confused = re.search(r"(\d+) mistakes", PRINTED)[1]
@@ -202,10 +203,10 @@ def test_the_preset_is_a_recorded_run():
     assert f"with a teacher of 8, reached {reached} in {minutes:.0f} minutes, {teachers:.0f} of them the teacher's" in README
 
 
-def test_the_seeds_way_was_given_the_same_time():
-    seconds = sum(row["seconds"] for row in TEACHER + HISTORY)
-    assert seconds < SEEDS_WAY[-1]["seconds"] < seconds + 120  # it tests when the time is over
-    assert f"ended in its {len(SEEDS_WAY)}" in README
+def test_the_seeds_way_was_given_at_least_the_same_time():
+    assert SEEDS_WAY[-1]["seconds"] > sum(row["seconds"] for row in TEACHER + HISTORY)
+    minutes, accuracy = int(SEEDS_WAY[-1]["seconds"] / 60), SEEDS_WAY[-1]["test_accuracy"]  # it tests when the time is over
+    assert f"given {minutes} minutes of this machine" in README and f"ended in its {len(SEEDS_WAY)}th epoch, at {accuracy:.2f} %" in README
 
 
 def test_ablations_are_the_recorded_runs():
@@ -218,12 +219,16 @@ def test_ablations_are_the_recorded_runs():
         accuracy, *losses = (statistics.mean(float(run[key]) for run in same) for key in ("accuracy", "loss", "train_loss"))
         assert f"| {' | '.join(change)} | {accuracy:.2f} % | {losses[0]:.3f} | {losses[1]:.3f} | {len(same)} |" in BOTH
     reached = {(run["change"], run["seed"]): float(run["accuracy"]) for run in ABLATIONS if run["epochs"] == "100"}
-    gains = [
-        reached[change, seed] - reached[change.removesuffix(", plain statistics"), seed]
-        for change, seed in reached
-        if re.match("teacher.*, plain statistics$", change)
-    ]
-    assert len(gains) == 6 and f"bring {statistics.mean(gains):.2f} points in the mean of the six" in BOTH
+    gains = {
+        (change, seed): accuracy - reached[change.removesuffix(", plain statistics"), seed]
+        for (change, seed), accuracy in reached.items()
+        if change.endswith(", plain statistics") and not change.startswith("on test")
+    }
+    taught = [gain for (change, _), gain in gains.items() if "teacher" in change and "no cutout" in change]
+    cut = [gain for (change, _), gain in gains.items() if "no cutout" not in change]
+    assert len(taught) == 6 and f"bring {statistics.mean(taught):.2f} points in the mean of the six" in RECIPE
+    assert len(cut) == 16 and f"in the 16 runs with cutout {-statistics.mean(cut):.2f} points in the mean" in RECIPE
+    assert f"without a teacher they cost {-gains['notebook, no cutout, plain statistics', '0']:.2f} points (one run)" in RECIPE
     seeds = [run for run in ABLATIONS if (run["change"], run["epochs"]) == (EARLIER, "16")]
     assert [run["seed"] for run in seeds] == ["0", "1", "2"]
     reached, deviation = ", ".join(f"{run['accuracy']} %" for run in seeds), statistics.stdev(float(run["accuracy"]) for run in seeds)
