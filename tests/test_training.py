@@ -198,7 +198,7 @@ def test_muon_makes_steps_orthogonal_and_keeps_the_norm_and_is_sgd_for_the_rest(
         stretch = torch.linalg.svdvals((before - bank.detach()).flatten(1) / 0.1)
         assert 0.6 < stretch.min() and stretch.max() < 1.3  # Jordan's steps end near 1, not at it
         torch.testing.assert_close(vector, twin)
-    with pytest.raises(ValueError, match="expected orthogonal groups of 2 dimensions or more, found a vector"):
+    with pytest.raises(ValueError, match="expected 2 dimensions or more, found a vector: put it into a group with orthogonal=False"):
         Muon([bank, vector], lr=0.1)
     copies = [torch.nn.Parameter(p.detach().clone()) for p in (bank, vector)]
     resumed = Muon([{"params": [copies[0]]}, rest | {"params": [copies[1]]}], lr=0.1)
