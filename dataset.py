@@ -39,8 +39,7 @@ from albumentations.pytorch import ToTensorV2
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn import functional as F
-from torchvision.datasets import CIFAR10
-from torchvision.datasets.folder import find_classes, make_dataset
+from torchvision.datasets import CIFAR10, DatasetFolder
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
@@ -381,10 +380,9 @@ def image_folder(root: str | Path, transform: A.Compose | None = None, seed: int
     The classes are the folders' names in alphabetical order. Raises FileNotFoundError where there are no folders or
     one is empty, and ValueError, naming the file, for one that is no image.
     """
-    classes, numbers = find_classes(root)
-    files = make_dataset(root, numbers, extensions=SUFFIXES)
-    data = [read_image(file) for file, _ in tqdm(files, desc=f"Reading {root}", file=sys.stdout, delay=2, leave=False)]
-    return AlbumentationsImages(np.stack(data), [target for _, target in files], classes, transform, seed)
+    stored = DatasetFolder(root, read_image, SUFFIXES)
+    bar = tqdm(range(len(stored)), desc=f"Reading {root}", file=sys.stdout, delay=2, leave=False)
+    return AlbumentationsImages(np.stack([stored[i][0] for i in bar]), stored.targets, stored.classes, transform, seed)
 
 
 FLIPS, CROPS = (A.HorizontalFlip, A.VerticalFlip), (A.PadIfNeeded, A.RandomCrop)

@@ -491,7 +491,8 @@ def fit(
     if epochs < 1 or not 0 <= ema_decay < 1:
         raise ValueError(f"expected epochs >= 1 and 0 <= ema_decay < 1, found {epochs} and {ema_decay}")
     device = next(model.parameters()).device
-    keep_freed_memory()
+    if device.type == "cpu":
+        keep_freed_memory()
     model.to(memory_format=torch.channels_last)
     if distributed.is_initialized():
         for tensor in model.state_dict().values():
@@ -640,9 +641,9 @@ def describe(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_schedul
         described[f"parameters {i}"] = {key: value for key, value in group.items() if key not in moving}
     steps = ("last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial", "T_cur", "T_i")
 
-    def settings(state: dict) -> dict:  # a schedule may consist of others
+    def settings(state: dict) -> dict:
         still = {key: value for key, value in state.items() if key not in steps}
-        return still | {"_schedulers": [settings(part) for part in still["_schedulers"]]} if "_schedulers" in still else still
+        return {key: [settings(part) for part in value] if key == "_schedulers" else value for key, value in still.items()}
 
     options = settings(scheduler.state_dict()) if scheduler is not None else {}
     return described | {"schedule": f"{described['schedule']} {re.sub(' at 0x[0-9a-f]+', '', str(options))}"}

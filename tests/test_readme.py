@@ -140,6 +140,7 @@ def test_numbers_are_the_history_s():
     confused = re.search(r"(\d+) mistakes", PRINTED)[1]
     uncompiled = f"{100 - int(confused) / 100:.2f} %"
     assert f"{confused} mistakes, {uncompiled}" in MODEL_CARD
+    assert ("runs uncompiled here, and is right as often" in README) == (uncompiled == f"{last['test_accuracy']:.2f} %")
     tried = {f"{float(run['accuracy']):.2f} %" for run in ABLATIONS}
     with open(ASSETS / "history_distilled.csv") as file:
         distilled = list(csv.DictReader(file))
