@@ -11,6 +11,7 @@ import functools
 import shlex
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import albumentations as A
@@ -53,34 +54,40 @@ CHANGES = {
 def teacher_of(epochs: int, root: Path, device: torch.device) -> nn.Module:
     """A teacher after so many epochs of RECIPE on the images that its pupils learn from, whatever their changes."""
     set_seed(0)
-    loaders = loaders_of(RECIPE, 0, root, device)
+    loaders = loaders_of.__wrapped__(RECIPE["augmentation"], RECIPE["batch"], 0, root, device)
     teacher = Teacher(whitening(next(iter(loaders[0]))[0])).to(device)
     learn(teacher, RECIPE | {"statistics": False}, loaders, epochs)
     return teacher
+
+
+@functools.cache  # one for all changes, by which the loaders know what they have asked already
+def answers_of(epochs: int, temperature: float, root: Path, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What that teacher says of a batch of images."""
+    return functools.partial(soft_targets, teacher_of(epochs, root, device), temperature=temperature)
 
 
 def run(change: dict, seed: int, epochs: int, root: Path, device: torch.device) -> dict[str, float]:
     """Train with the change, and give the last row of its history; its "test" are the images held out."""
     recipe = RECIPE | change
     teacher_epochs = min(recipe["teacher"], epochs // 2)
-    teacher = teacher_of(teacher_epochs, root, device) if teacher_epochs else None
-    loaders = loaders_of(recipe, seed, root, device)
-    if teacher:
-        loaders[0].teacher, loaders[0].views = lambda images: soft_targets(teacher, images, recipe["temperature"]), recipe["views"]
+    loaders = loaders_of(recipe["augmentation"], recipe["batch"], seed, root, device)
+    loaders[0].teacher = answers_of(teacher_epochs, recipe["temperature"], root, device) if teacher_epochs else None
+    loaders[0].views = recipe["views"] if teacher_epochs else None
     set_seed(seed)
     return learn(Net(dropout=recipe["dropout"]).to(device), recipe, loaders, epochs)[-1]
 
 
-def loaders_of(recipe: dict, seed: int, root: Path, device: torch.device) -> list[BatchLoader]:
+@functools.cache  # what the teacher said stays in the first, for other changes of the same pictures
+def loaders_of(augmentation: Callable, batch: int, seed: int, root: Path, device: torch.device) -> list[BatchLoader]:
     """Those of the images to train on, of those held out, and of a tenth of the first as they are."""
     images = AlbumentationsCIFAR10(root)
     order = np.random.default_rng(0).permutation(len(images))  # the same images are held out in all runs
     held = len(images) // 10
-    transform = A.Compose(recipe["augmentation"](list(train_transform())))
+    transform = A.Compose(augmentation(list(train_transform())))
     loaders = []
     for rows, compose in ((order[held:], transform), (order[:held], test_transform()), (order[held : 2 * held], test_transform())):
         part = AlbumentationsImages(images.data[rows], [images.targets[i] for i in rows], images.classes, compose, seed)
-        loaders.append(BatchLoader(part, recipe["batch"] if not loaders else 1000, shuffle=not loaders, device=device))
+        loaders.append(BatchLoader(part, batch if not loaders else 1000, shuffle=not loaders, device=device))
     return loaders
 
 
