@@ -108,7 +108,7 @@ def test_snippets_run(monkeypatch, capsys, small_cifar100, logged):
 def test_every_output_shown_is_the_recorded_run_s():
     assert len(blocks("text")) >= 4 and len(blocks("text", MODEL_CARD)) == 3
     for block in blocks("text") + blocks("text", MODEL_CARD):
-        assert block.strip("\n") in PRINTED
+        assert " ".join(block.split()) in " ".join(PRINTED.split())  # the pages wrap long lines
 
 
 def test_numbers_are_the_history_s():
