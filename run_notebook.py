@@ -60,7 +60,8 @@ def main() -> None:
     except papermill.PapermillExecutionError as error:
         sys.exit(f"{error.ename}: {error.evalue}")
     except KeyboardInterrupt:
-        print(f"interrupted: {NOTEBOOK} is as it was; the same command goes on after the last whole epoch", file=sys.stderr)
+        again = "the same command" + ", without RESUME=false," * (parameters.get("RESUME") is False)
+        print(f"interrupted: {NOTEBOOK} is as it was; {again} goes on after the last whole epoch", file=sys.stderr)
         os._exit(1)  # else Python complains, on its way out, of questions that the stopped kernel will not answer
     notebook = nbformat.read(GROWING, as_version=4)
     notebook.metadata.pop("papermill", None)  # it holds a copy of the whole input

@@ -151,10 +151,11 @@ def test_wrong_parameters_are_refused_in_one_line_and_the_notebook_stays(clone, 
     assert (clone / "S8.ipynb").read_bytes() == before
 
 
-def test_an_interrupted_run_leaves_the_notebook(clone):
+@pytest.mark.parametrize("argument, again", [("RESUME=true", "the same command goes on"), ("RESUME=false", "without RESUME=false, goes on")])
+def test_an_interrupted_run_leaves_the_notebook(clone, argument, again):
     before = (clone / "S8.ipynb").read_bytes()
     run = subprocess.Popen(
-        [sys.executable, "run_notebook.py", "DATA=sample"], cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "run_notebook.py", "DATA=sample", argument], cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     for line in run.stdout:  # the notebook's own first line: it is under way
         if line.startswith("SAMPLE"):
@@ -162,6 +163,7 @@ def test_an_interrupted_run_leaves_the_notebook(clone):
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 1 and errors.splitlines()[-1].startswith("interrupted: S8.ipynb is as it was")
+    assert again in errors.splitlines()[-1]
     assert "Traceback" not in errors and "ERROR" not in errors
     assert (clone / "S8.ipynb").read_bytes() == before
 
