@@ -129,6 +129,9 @@ def test_numbers_are_the_history_s():
     assert table["Parameters"] == f"{sum(p.numel() for p in Net().parameters()):,}"
     seconds = [row["seconds"] for row in HISTORY]
     assert f"An epoch took {statistics.median(seconds):.1f} s in the median, and {max(seconds):.1f} s at most" in README
+    looking = (sum(seconds[:19]) - 19 * statistics.median(seconds[19:])) / 60
+    assert f"in the first 19, which took {looking:.1f} minutes longer for it" in README
+    assert f"teacher's own took {statistics.median(row['seconds'] for row in TEACHER):.1f} s in the median" in README
     rows = re.findall(r"(?m)^\| over ([\d.]+) %[^|]* \| (\d+) \| (\d+) \| (.*) \|$", README)
     assert len(rows) >= 2
     for bound, *shown in rows:
