@@ -54,6 +54,7 @@ CHANGES = {
 def teacher_of(epochs: int, root: Path, device: torch.device) -> nn.Module:
     """A teacher after so many epochs of RECIPE on the images that its pupils learn from, whatever their changes."""
     set_seed(0)
+    # New ones: the cached are at the epoch where another change has left them.
     loaders = loaders_of.__wrapped__(RECIPE["augmentation"], RECIPE["batch"], 0, root, device)
     teacher = Teacher(whitening(next(iter(loaders[0]))[0])).to(device)
     learn(teacher, RECIPE | {"statistics": False}, loaders, epochs)
