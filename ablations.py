@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import albumentations as A
+import cv2
 import numpy as np
 import torch
 from torch import nn
@@ -25,8 +26,9 @@ from training_utils import Muon, fit, soft_targets
 from utils import set_seed
 
 # The notebook's recipe. Every row of CHANGES is this one with the given differences.
-RECIPE = dict(optimizer="Muon", muon_rate=0.015, momentum=0.95, rate=0.2, batch=256, warm_up=0.2, shape="linear", decay=5e-4)
-RECIPE |= dict(average=0.995, statistics=True, dropout=0.0, augmentation=list, smoothing=0.0, teacher=20, temperature=2.0, views=20)
+RECIPE = dict(optimizer="Muon", muon_rate=0.015, momentum=0.95, rate=0.2, decay=5e-4, norm_decay=0.0, batch=256)
+RECIPE |= dict(warm_up=0.2, shape="linear", average=0.995, statistics=True, dropout=0.0, augmentation=list, smoothing=0.0)
+RECIPE |= dict(teacher=20, temperature=2.0, views=20)
 
 HOLE = A.CoarseDropout((1, 1), (8, 8), (8, 8), fill=tuple(round(255 * value) for value in MEAN), p=1.0)
 COLOUR = A.RandomBrightnessContrast(0.2, 0.2, p=0.5)
@@ -40,9 +42,15 @@ CHANGES = {
     "taught, cutout": {"augmentation": lambda steps: [*steps[:-2], HOLE, *steps[-2:]]},
     "taught, no affine": {"augmentation": lambda steps: [step for step in steps if not isinstance(step, A.Affine)]},
     "taught, colour": {"augmentation": lambda steps: [COLOUR, *steps]},
+    "taught, padding of 2 pixels": {"augmentation": lambda steps: [A.PadIfNeeded(36, 36, border_mode=cv2.BORDER_REFLECT_101), *steps[1:]]},
+    "taught, no flip": {"augmentation": lambda steps: [step for step in steps if not isinstance(step, A.HorizontalFlip)]},
     "taught, cosine": {"shape": "cosine"},
     "taught, batch 128": {"batch": 128, "muon_rate": 0.01, "rate": 0.14, "average": 0.9975},
     "taught, weight decay 1e-3": {"decay": 1e-3},
+    "taught, no weight decay": {"decay": 0.0},
+    "taught, norms decayed as well": {"norm_decay": 5e-4},
+    "taught, twice the peak rates": {"muon_rate": 0.03, "rate": 0.4},
+    "taught, no average": {"average": 0.0},
     "taught, average 0.998": {"average": 0.998},
     "taught, dropout 0.03": {"dropout": 0.03},
     "taught, SGD": {"optimizer": "SGD"},
@@ -99,7 +107,7 @@ def learn(net: nn.Module, recipe: dict, loaders: list[BatchLoader], epochs: int)
     filters = [p for name, p in named if p.ndim > 1 and ("depthwise" in name or "classifier" in name)]
     banks = [p for name, p in named if p.ndim > 1 and not ("depthwise" in name or "classifier" in name)]
     decayed = filters if recipe["optimizer"] == "Muon" else [p for _, p in named if p.ndim > 1]
-    groups = [{"params": decayed, "weight_decay": recipe["decay"]}, {"params": norms, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": recipe["decay"]}, {"params": norms, "weight_decay": recipe["norm_decay"]}]
     if recipe["optimizer"] == "AdamW":
         optimizer = torch.optim.AdamW(groups, lr=recipe["rate"], fused=True, capturable=banks[0].is_cuda)
     elif recipe["optimizer"] == "Muon":
