@@ -132,7 +132,7 @@ def test_the_teacher_is_asked_once_about_each_view_and_its_answers_follow_the_pi
     loader.teacher = lambda pictures: -teacher(pictures)
     pictures, _, answers = next(iter(loader))
     torch.testing.assert_close(answers, -pictures.mean((2, 3)))
-    assert len(asked) == (views or 4) + 1 and len(loader.taught) == 1, "another teacher is asked anew, and the answers of the first are gone"
+    assert len(asked) == (views or 4) + 1 and len(loader.taught) == 1, "another teacher is asked anew, the first one's answers are gone"
 
 
 def test_damaged_file_is_named_and_nothing_deleted(tmp_path):

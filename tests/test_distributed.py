@@ -46,7 +46,8 @@ train_loader = Loader(sample, 200, True, device, rank, processes)
 test_loader = BatchLoader(AlbumentationsCIFAR10(ASSETS, False, test_transform()), 125, False, device, rank, processes)
 optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
 files = {"history_file": f"{folder}/history.csv", "checkpoint": f"{folder}/net.pt"}
-training_utils.fit(net, train_loader, test_loader, optimizer, epochs=EPOCHS, ema_decay=0.9, recipe={"network": network, "data": rank * (network == "different")}, **files)
+recipe = {"network": network, "data": rank * (network == "different")}
+training_utils.fit(net, train_loader, test_loader, optimizer, epochs=EPOCHS, ema_decay=0.9, recipe=recipe, **files)
 """.replace("EPOCHS", str(EPOCHS))
 
 

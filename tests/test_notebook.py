@@ -112,7 +112,8 @@ def test_same_seed_same_history_and_pictures_and_another_seed_others(clone, samp
         assert (history == first[0]) == same
         assert all(torch.equal(weights[key], first[1][key]) for key in weights) == same
         assert [a == b for a, b in zip(pictures, first[2])] == [same] * len(PICTURES)
-    (given,) = [cell.source for cell in nbformat.read(clone / "S8.ipynb", as_version=4).cells if "injected-parameters" in cell.metadata.get("tags", [])]
+    cells = nbformat.read(clone / "S8.ipynb", as_version=4).cells
+    (given,) = [cell.source for cell in cells if "injected-parameters" in cell.metadata.get("tags", [])]
     assert "\nSEED = 1" in given and "\n# RESUME = False" in given  # the next to run all cells wants to go on
 
 
@@ -151,7 +152,9 @@ def test_wrong_parameters_are_refused_in_one_line_and_the_notebook_stays(clone, 
     assert (clone / "S8.ipynb").read_bytes() == before
 
 
-@pytest.mark.parametrize("argument, again", [("RESUME=true", "the same command goes on"), ("RESUME=false", "without RESUME=false, goes on")])
+@pytest.mark.parametrize(
+    "argument, again", [("RESUME=true", "the same command goes on"), ("RESUME=false", "without RESUME=false, goes on")]
+)
 def test_an_interrupted_run_leaves_the_notebook(clone, argument, again):
     before = (clone / "S8.ipynb").read_bytes()
     run = subprocess.Popen(
@@ -204,5 +207,6 @@ def test_notebook_runs_as_a_script_on_one_process_or_two(clone, launcher):
     assert "embedded sample of 2,500 images" in done.stdout.splitlines()[-1]
     # One process prints, of all the test images: after the teacher's epoch and after each of the network's.
     assert len(re.findall(r"Test set: .*/500 \(", done.stdout)) == 3
-    assert sorted(path.name for path in (clone / "runs/sample").iterdir()) == sorted([*WRITTEN, "net.previous.pt", "teacher.pt", "teacher_history.csv"])
+    expected = [*WRITTEN, "net.previous.pt", "teacher.pt", "teacher_history.csv"]
+    assert sorted(path.name for path in (clone / "runs/sample").iterdir()) == sorted(expected)
     assert digests(clone / "assets") == before

@@ -20,7 +20,8 @@ def test_readme_shows_the_recorded_table():
     assert {row["part"] for row in rows} == {"kills", "downloads", "files"}
     tried = {part: sum(int(row["tried"]) for row in rows if row["part"] == part) for part in ("kills", "downloads")}
     damaged = next(int(row["tried"]) for row in rows if row["what"].startswith("mutated files"))
-    said = f"{tried['kills']} kills while training, {tried['downloads']} downloads with broken servers or none, {damaged:,} damaged files. All survived."
+    said = f"{tried['kills']} kills while training, {tried['downloads']} downloads with broken servers or none, "
+    said += f"{damaged:,} damaged files. All survived."
     assert said in readme and all(row["tried"] == row["survived"] for row in rows)
     for row in rows:
         assert f"| {row['part']} | {row['what']} | {int(row['tried']):,} | {int(row['survived']):,} |" in readme
