@@ -238,6 +238,9 @@ def test_ablations_are_the_recorded_runs():
     assert f"without a teacher they cost {-gains['notebook, no cutout, plain statistics', '0']:.2f} points (one run)" in RECIPE
     today = {run["change"]: float(run["accuracy"]) for run in ABLATIONS if run["change"].startswith("taught")}
     lost = {change.removeprefix("taught, "): today["taught"] - accuracy for change, accuracy in today.items()}
+    errors = [(sum(share * (100 - share) for share in (today["taught"], other)) / 5000) ** 0.5 for other in today.values()]
+    assert f"a standard error of up to {max(errors):.1f} points, so AdamW's alone is beyond chance" in RECIPE
+    assert [change for change, points in lost.items() if abs(points) > 2 * max(errors)] == ["AdamW, rate 3e-3, decay 0.05"]
     optimizers = lost.pop("AdamW, rate 3e-3, decay 0.05"), lost.pop("SGD")
     assert "AdamW in place of Muon costs {:.2f} points, SGD costs {:.2f}".format(*optimizers) in RECIPE
     assert f"Nothing else moves the accuracy by more than {max(map(abs, lost.values())):.2f} points" in RECIPE
