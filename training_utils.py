@@ -1,7 +1,7 @@
 """Train a classifier one epoch, test it, and fit it for many. Knows no data set and no network.
 
 A loader is any iterable of (images, targets) batches with a length: a `DataLoader`, say; see `train` for a third part.
-What it, its sampler or its data set offers as `set_epoch(epoch)` is called before each epoch. Losses and accuracies are
+What it, its samplers or its data set offer as `set_epoch(epoch)` is called before each epoch. Losses and accuracies are
 exact over all samples, whatever the batch sizes: sums are kept on the device (see REDRAW). Nothing that is loaded here
 can run code.
 """
@@ -243,6 +243,15 @@ def over_processes(*sums: torch.Tensor | int) -> list[torch.Tensor]:
 # ---------------------------------------------------------------- training
 
 
+def inside(loader: Iterable) -> list:
+    """The loader, its samplers and its data set, of a `Subset` also what that is of: they may count epochs, or draw by themselves."""
+    found = [loader]
+    for part in found:  # which grows meanwhile
+        others = [getattr(part, name, None) for name in ("sampler", "batch_sampler", "dataset")]
+        found += [other for other in others if other is not None and not any(other is known for known in found)]
+    return found
+
+
 def gradient_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -393,15 +402,13 @@ def parts_of(images: torch.Tensor) -> Sequence[torch.Tensor]:
 
 
 @torch.no_grad()
-def test(
-    model: nn.Module, loader: Iterable, *, network: Callable[[torch.Tensor], torch.Tensor] | None = None
-) -> tuple[float, float]:
+def test(model: nn.Module, loader: Iterable, *, network: Callable[[torch.Tensor], torch.Tensor] | None = None) -> tuple[float, float]:
     """The mean cross-entropy and the accuracy in percent over all the loader's samples, printed and returned.
 
     `network` computes what the model does in evaluation mode, faster: see `compiled`.
     """
     device = next(model.parameters()).device
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # some may be frozen: not all have one mode
     model.eval()
     loss_sum, correct, seen = torch.zeros((), device=device, dtype=torch.float64), 0, 0
     for images, targets, *_ in progress(loader, desc="Test", leave=False, delay=2):
@@ -410,7 +417,8 @@ def test(
         loss_sum += F.cross_entropy(logits, targets, reduction="sum")
         correct += (logits.argmax(1) == targets).sum()
         seen += len(targets)
-    model.train(was_training)
+    for module, mode in modes:
+        module.training = mode
     loss_sum, correct, seen = over_processes(loss_sum, correct, seen)
     loss, accuracy = means(loss_sum, correct, seen)
     print(f"Test set: Average loss: {loss:.4f}, Accuracy: {correct:.0f}/{seen:.0f} ({accuracy:.2f}%)\n")
@@ -490,6 +498,8 @@ def fit(
     """
     if epochs < 1 or not 0 <= ema_decay < 1:
         raise ValueError(f"expected epochs >= 1 and 0 <= ema_decay < 1, found {epochs} and {ema_decay}")
+    if not len(train_loader) or not len(test_loader):
+        raise ValueError("expected at least one batch to train on and one to test on, found an empty loader: too few images?")
     device = next(model.parameters()).device
     if device.type == "cpu":
         keep_freed_memory()
@@ -507,6 +517,7 @@ def fit(
     parts = {"model": model, "average": average, "optimizer": optimizer}  # of a checkpoint
     parts |= {"scheduler": scheduler} if scheduler is not None else {}
     recipe = {
+        **(recipe or {}),
         "epochs": epochs,
         "steps an epoch": len(train_loader),
         "label smoothing": label_smoothing,
@@ -514,7 +525,6 @@ def fit(
         "decay of the average": ema_decay,
         "model": model,
         **describe(optimizer, scheduler),
-        **(recipe or {}),
     }
     recipe = {key: " ".join(str(value).split()) for key, value in recipe.items()}
     for file in filter(None, (checkpoint, history_file)):
@@ -573,7 +583,7 @@ def fit(
             print(f"Epoch {epoch}")
             if rank:  # its own random numbers, dropout's, the same again where the run is resumed
                 torch.manual_seed(seed + 1_000_003 * epoch + rank)
-            for part in (train_loader, getattr(train_loader, "sampler", None), getattr(train_loader, "dataset", None)):
+            for part in inside(train_loader):
                 if hasattr(part, "set_epoch"):
                     part.set_epoch(epoch)
             try:
@@ -735,8 +745,8 @@ def set_aside(path: Path) -> Path:
 
 
 def generators(loader: Iterable) -> list[torch.Generator]:
-    """Those that a `DataLoader` and its sampler were given for themselves."""
-    found = (getattr(part, "generator", None) for part in (loader, getattr(loader, "sampler", None)))
+    """Those that a `DataLoader` and what is inside it were given for themselves."""
+    found = (getattr(part, "generator", None) for part in inside(loader))
     return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 

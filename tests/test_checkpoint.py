@@ -109,11 +109,16 @@ def test_a_second_ctrl_c_is_raised_at_once(tmp_path):
         run(tmp_path, Batches(3, 2, press_twice))
 
 
-def test_a_loader_s_own_generator_goes_on_too(tmp_path):
+@pytest.mark.parametrize("whose", ["the loader's", "its batch sampler's"])
+def test_a_loader_s_own_generator_goes_on_too(whose, tmp_path):
     images = torch.utils.data.TensorDataset(torch.randn(32, 1, 4, 4), torch.randint(3, (32,)))
 
     def loader():
-        return torch.utils.data.DataLoader(images, 8, shuffle=True, generator=torch.Generator().manual_seed(1))
+        generator = torch.Generator().manual_seed(1)
+        if whose == "the loader's":
+            return torch.utils.data.DataLoader(images, 8, shuffle=True, generator=generator)
+        order = torch.utils.data.RandomSampler(images, generator=generator)
+        return torch.utils.data.DataLoader(images, batch_sampler=torch.utils.data.BatchSampler(order, 8, False))
 
     expected = run(tmp_path / "whole", loader())
     run(tmp_path / "stopped", loader(), on_epoch=lambda row: os.kill(os.getpid(), signal.SIGINT) if row["epoch"] == 2 else None)
@@ -227,6 +232,13 @@ def test_another_run_is_said_kept_and_not_mixed(change, said, tmp_path, capsys):
     assert same(run(tmp_path, **change), expected)
     assert said in capsys.readouterr().out
     assert [path.read_bytes() for path in tmp_path.glob("net.2*.pt")] == [before]
+
+
+def test_what_fit_says_of_a_run_stands_above_the_recipe_given(tmp_path, capsys):
+    given = {"recipe": {"epochs": "all of them", "model": "mine"}}
+    run(tmp_path, **given)
+    assert same(run(tmp_path, dropout=0.4, **given), run(tmp_path / "apart", dropout=0.4, **given))
+    assert "Dropout(p=0.5" in capsys.readouterr().out
 
 
 def test_schedules_of_several_parts_are_told_apart():

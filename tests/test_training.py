@@ -166,9 +166,19 @@ def test_set_epoch_reaches_loader_sampler_and_data_set():
         def set_epoch(self, epoch):
             self.epochs.append(epoch)
 
-    model = Scores()
-    fit(model, Loader(batches), batches, torch.optim.SGD(model.parameters(), lr=0.1), epochs=3)
-    assert Loader.epochs == [1, 2, 3]
+    class Images(Loader):
+        epochs = []
+
+    class Sampler(torch.utils.data.SequentialSampler, Loader):
+        epochs = []
+
+    images = Images((torch.zeros(1, 1, 5), 0) for _ in range(4))
+    some = torch.utils.data.Subset(torch.utils.data.Subset(images, range(3)), range(2))
+    given = torch.utils.data.DataLoader(some, batch_sampler=torch.utils.data.BatchSampler(Sampler(some), 2, False))
+    for loader in (Loader(batches), given):
+        model = Scores()
+        fit(model, loader, batches, torch.optim.SGD(model.parameters(), lr=0.1), epochs=3)
+    assert Loader.epochs == Images.epochs == Sampler.epochs == [1, 2, 3]
 
 
 @pytest.mark.parametrize("wrong", [{"epochs": 0}, {"epochs": 1, "ema_decay": 1.0}])
@@ -178,10 +188,21 @@ def test_fit_refuses_what_cannot_be(wrong):
         fit(model, [], [], torch.optim.SGD(model.parameters(), lr=0.1), **wrong)
 
 
+def test_a_frozen_part_stays_frozen_through_a_test():
+    model = nn.Sequential(Scores(), nn.Dropout(0.5).eval())
+    model[0].train()
+    training_utils.test(model, uneven_batches()[2])
+    assert [module.training for module in (model, *model)] == [True, True, False]
+
+
 def test_an_empty_loader_is_said():
     model = Scores()
-    with pytest.raises(ValueError, match="at least one batch"):
-        fit(model, [], [], torch.optim.SGD(model.parameters(), lr=0.1), epochs=1)
+    _, _, batches = uneven_batches()
+    for compile, *loaders in ((False, [], batches), (True, [], batches), (False, batches, [])):
+        with pytest.raises(ValueError, match="at least one batch .* found an empty loader"):
+            fit(model, *loaders, torch.optim.SGD(model.parameters(), lr=0.1), epochs=1, compile=compile)
+    with pytest.raises(ValueError, match="at least one batch .* found an empty loader"):
+        training_utils.test(model, [])
 
 
 def test_muon_makes_steps_orthogonal_and_keeps_the_norm_and_is_sgd_for_the_rest():
