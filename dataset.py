@@ -25,7 +25,6 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -177,10 +176,8 @@ def fetch(source: str, partial: Path, slow: float) -> None:
 def receive(response: http.client.HTTPResponse, file: io.BufferedRandom, slow: float) -> None:
     """Write the response into the file, with a bar; ConnectionError where it ends early or late, or is slow."""
     since, received = time.monotonic(), 0
-    bar = tqdm(
-        total=ARCHIVE_SIZE, initial=file.tell(), desc="CIFAR-10", unit="B", unit_scale=True, file=sys.stdout, delay=1, leave=False
-    )
-    with bar:
+    start = dict(total=ARCHIVE_SIZE, initial=file.tell(), unit="B", unit_scale=True)
+    with tqdm(desc="CIFAR-10", **start, file=sys.stdout, delay=1, leave=False) as bar:
         while chunk := response.read1(2**16):
             file.write(chunk)
             bar.update(len(chunk))
@@ -215,14 +212,15 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int 
     """What people have as what the network takes: uint8 (size, size, 3), RGB.
 
     Of an animation the first frame, turned upright as its EXIF tells, 16 bits cut to the upper 8, transparency on
-    white; of any shape the square in its middle, scaled with antialiasing (bicubic).
+    white; of any shape the square in its middle, scaled with antialiasing (bicubic). The result is read-only, or the very
+    array that was given, where that is one already.
 
     Args:
         source: a file's path or its bytes (PNG, JPEG, GIF, WebP, BMP, TIFF or PPM), a PIL image, or an array uint8 or
             uint16, (H, W), (H, W, 1), (H, W, 3) or (H, W, 4): grey, RGB or RGBA.
 
     Raises:
-        ValueError: not an image, a truncated or damaged one, one of over Image.MAX_IMAGE_PIXELS pixels (89 million: a
+        ValueError: not an image, a truncated or damaged one, a file of over Image.MAX_IMAGE_PIXELS pixels (89 million: a
             decompression bomb), or an array of another kind; the message names the file.
         OSError: a file that is not there or cannot be opened, as `open` raises it.
     """
@@ -238,9 +236,7 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int 
         name, opened = str(source), open(source, "rb")
     else:
         raise ValueError(f"expected a path, bytes, a PIL image or an array, found {type(source).__name__}: convert it")
-    with opened as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd metadata
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with opened as file:
         try:
             if isinstance(source, np.ndarray):
                 image = source
@@ -249,6 +245,8 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int 
                 image.format = source.format  # a copy has none, and in a PPM 32 bits stand for 16
             else:
                 image = Image.open(file, formats=FORMATS)
+                if (limit := Image.MAX_IMAGE_PIXELS) and image.width * image.height > limit:  # Pillow only warns up to twice that
+                    raise ValueError(f"{image.width * image.height:,} pixels, over {limit:,}: a decompression bomb?")
                 image.draft(None, (8 * size, 8 * size))  # a large JPEG is decoded at an eighth of its size, or a quarter
                 ImageOps.exif_transpose(image, in_place=True)
             return square(image, size)
@@ -265,7 +263,7 @@ def square(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
         image = np.asarray(image).astype(np.uint16)
         image[image == (-1 if clear is None else clear)] = 65535
     if isinstance(image, np.ndarray):
-        if image.dtype == np.uint16:
+        if image.dtype in ("<u2", ">u2"):
             image = (image >> 8).astype(np.uint8)
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,), (4,)):
             raise ValueError("neither uint8 nor uint16 of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
@@ -414,7 +412,7 @@ class BatchTransform:
         self.device = torch.device(device)
         self.stages = []  # lists of transforms: the geometric ones that share a sampling, any other by itself
         border = None  # of the geometric stage that is still open
-        for step in [compose] if compose.p < 1 else compose.transforms:
+        for step in compose.transforms if isinstance(compose, A.Compose) and compose.p == 1 else [compose]:
             last = self.stages[-1][-1] if self.stages else None
             if (
                 type(step) not in BATCHED
@@ -665,8 +663,7 @@ class BatchLoader:
         """Shuffle and draw the augmentations as in this epoch."""
         self.epoch, self.view = epoch, (epoch - 1) % self.views + 1 if self.views else epoch  # epochs are counted from 1
         # What another teacher gave, or was given for another epoch where none comes again, is of no more use.
-        known = [(teacher, view) for teacher, view in self.taught if teacher is self.teacher and (self.views or view == self.view)]
-        self.taught = {key: self.taught[key] for key in known}
+        self.taught = {key: kept for key, kept in self.taught.items() if key[0] is self.teacher and (self.views or key[1] == self.view)}
         if self.teacher is not None and (self.teacher, self.view) not in self.taught:
             everything, table = torch.arange(len(self.images), device=self.images.device), self.drawn()
             bar = tqdm(everything.split(1024), "Teacher", file=sys.stdout, leave=False, delay=2)
@@ -685,13 +682,13 @@ class BatchLoader:
 
     def __iter__(self):
         self.set_epoch(self.epoch)  # for loops that do not
-        table, order = self.drawn(), torch.arange(len(self.images))
+        table, order, answers = self.drawn(), torch.arange(len(self.images)), self.taught.get((self.teacher, self.view))
         if self.shuffle:
             order = torch.from_numpy(np.random.default_rng((self.seed, self.epoch, 1)).permutation(len(order)))
         order = order[self.share].to(self.images.device)
         # Several batches at once: a small one takes as long for the calls as for the pixels.
         for rows in order.split(self.batch_size * max(1, 1024 // self.batch_size)):
             batches = [self.augmented(rows, table), self.targets[rows]]
-            if self.teacher is not None:
-                batches.append(self.taught[self.teacher, self.view][rows])
+            if answers is not None:
+                batches.append(answers[rows])
             yield from zip(*(part.split(self.batch_size) for part in batches))

@@ -257,6 +257,8 @@ def test_refuses_what_it_cannot_do_and_says_who_can(steps):
         BatchTransform(A.Compose([A.HorizontalFlip(), *steps]))
     with pytest.raises(NotImplementedError, match=r"(?s)^Compose\(.*AlbumentationsCIFAR10"):
         BatchTransform(A.Compose([A.HorizontalFlip()], p=0.5))
+    with pytest.raises(NotImplementedError, match=r"(?s)^OneOf\(.*AlbumentationsCIFAR10"):
+        BatchTransform(A.OneOf([A.HorizontalFlip(), A.VerticalFlip()], p=1.0))
 
 
 def test_wrong_images_are_refused_with_expected_and_found(images):

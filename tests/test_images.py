@@ -1,6 +1,8 @@
 """What people have instead of 32x32 arrays, through the transforms and `predict`. The mutated files are in soak.py."""
 
 import io
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +86,7 @@ def test_grey_sixteen_bits_and_transparency():
     expected = np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, 2)
     pgm = encoded(Image.fromarray(grey), "PPM")
     files = (encoded(Image.fromarray(grey)), pgm, Image.open(io.BytesIO(pgm)))
-    for source in (grey, grey[..., None], Image.fromarray(grey), *files, expected[..., 0], expected[..., :1]):
+    for source in (grey, grey.astype(">u2"), grey[..., None], Image.fromarray(grey), *files, expected[..., 0], expected[..., :1]):
         assert np.array_equal(read_image(source), expected)
     clear = np.dstack([PICTURE, np.zeros((32, 32), np.uint8)])
     assert (read_image(clear) == 255).all() and (read_image(Image.fromarray(clear)) == 255).all()
@@ -101,6 +103,13 @@ def test_any_size(size):
     for source in (image, encoded(Image.fromarray(image))):
         assert (read_image(source) == 200).all()
     assert train_transform()(image=image)["image"].shape == (3, 32, 32)
+
+
+def test_threads_leave_the_warnings_of_the_process_alone():
+    before, png = list(warnings.filters), as_file()
+    with ThreadPoolExecutor(4) as threads:
+        assert all(np.array_equal(found, PICTURE) for found in threads.map(read_image, [png] * 200))
+    assert warnings.filters == before
 
 
 def test_an_image_that_was_given_stays_as_it_is(tmp_path):
