@@ -25,6 +25,7 @@ from model import Net, Teacher, whitening
 from training_utils import Muon, fit, soft_targets
 from utils import set_seed
 
+HERE = Path(__file__).resolve().parent
 # The notebook's recipe. Every row of CHANGES is this one with the given differences.
 RECIPE = dict(optimizer="Muon", muon_rate=0.015, momentum=0.95, rate=0.2, decay=5e-4, norm_decay=0.0, batch=256)
 RECIPE |= dict(warm_up=0.2, shape="linear", average=0.995, statistics=True, dropout=0.0, augmentation=list, smoothing=0.0)
@@ -141,11 +142,12 @@ def main() -> None:
     parser.add_argument("changes", nargs="+", choices=CHANGES, metavar="CHANGE", help="of: " + ", ".join(CHANGES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, default=16)
-    parser.add_argument("--csv", type=Path, default=Path("assets/ablations.csv"))
+    parser.add_argument("--csv", type=Path, default=HERE / "assets" / "ablations.csv")
     given = parser.parse_args()
     root = find_cifar10(data="full")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True).stdout.strip()
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     for seed in given.seeds:
         for change in given.changes:
