@@ -69,14 +69,7 @@ def convolution(inputs: int, outputs: int, kernel_size: int, **kwargs) -> nn.Con
 def block(dropout: float, **convolutions: nn.Conv2d) -> nn.Sequential:
     """The named convolutions in turn, then ReLU, batch norm and dropout on the last one's output."""
     channels = list(convolutions.values())[-1].out_channels
-    return nn.Sequential(
-        OrderedDict(
-            **convolutions,
-            relu=nn.ReLU(inplace=True),
-            norm=nn.BatchNorm2d(channels),
-            dropout=Dropout(dropout),
-        )
-    )
+    return nn.Sequential(OrderedDict(**convolutions, relu=nn.ReLU(inplace=True), norm=nn.BatchNorm2d(channels), dropout=Dropout(dropout)))
 
 
 def stage(in_channels: int, channels: int, stride: int, dropout: float) -> nn.Sequential:
@@ -154,7 +147,7 @@ class Net(nn.Module):
 
 
 class Teacher(nn.Module):
-    """A larger network for `Net` to learn from: images (N, 3, H, W), normalised float, H and W at least 10, to logits (N, num_classes).
+    """A larger network for `Net` to learn from: images (N, 3, H, W), normalised float, H and W at least 9, to logits (N, num_classes).
 
     Three groups of two convolutions, as airbench has them (K. Jordan 2024, arXiv:2404.00498); 1,161,808 parameters for ten
     classes. Its first layer stays as it is: the filters (F, 3, 2, 2) that it is given, such as `whitening` finds.

@@ -121,8 +121,7 @@ def receptive_field(model: nn.Module, input_size: tuple[int, int, int] = (3, 32,
     return rows
 
 
-COLUMNS = ("name", "kernel", "stride", "padding", "dilation")
-COLUMNS += ("size_in", "size_out", "jump_in", "jump_out", "rf_in", "rf_out")
+COLUMNS = ("name", "kernel", "stride", "padding", "dilation", "size_in", "size_out", "jump_in", "jump_out", "rf_in", "rf_out")
 HEADER = 5  # the row of the headings; the row below it is the input, then one row a layer
 TINTS = ("DDEBF7", "E2EFDA", "FFF2CC", "FCE4D6", "EDE7F6")
 
@@ -263,20 +262,19 @@ def channel_statistics(images: np.ndarray | torch.Tensor, name: str = "Train") -
     counts = np.zeros((3, 256), np.int64)  # how often each channel takes each value: all the statistics follow
     for chunk in np.array_split(images, -(-images.size // 2**22)):  # bincount makes int64 of what it counts
         counts += [np.bincount(chunk[..., c].ravel(), minlength=256) for c in range(3)]
-    result = {key: [] for key in ("min", "max", "mean", "std", "var")}
-    for channel in counts:
-        n, present = int(channel.sum()), np.flatnonzero(channel)
-        total, squares = (sum(int(k) * v**power for v, k in enumerate(channel)) for power in (1, 2))
-        variance = (n * squares - total**2) / (n * 255) ** 2  # Python's integers: nothing is rounded before this
-        numbers = (present[0] / 255, present[-1] / 255, total / (n * 255), variance**0.5, variance)
-        for key, number in zip(result, numbers):
-            result[key].append(float(number))
+    rows = []
+    for channel in counts.tolist():  # Python's integers: nothing is rounded before the divisions
+        n, total, squares = (sum(k * v**power for v, k in enumerate(channel)) for power in (0, 1, 2))
+        present = [v / 255 for v, k in enumerate(channel) if k]
+        variance = (n * squares - total**2) / (n * 255) ** 2
+        rows.append((present[0], present[-1], total / (n * 255), variance**0.5, variance))
+    result = dict(zip(("min", "max", "mean", "std", "var"), zip(*rows)))
     print(f"[{name}]\n - Total {name} Images: {len(images)}")
     print(f" - Tensor Shape: {(3, *images.shape[1:3])}")
     for key, numbers in result.items():
         texts = (str(round(x, 8)) if key in ("min", "max") else f"{x:.8f}" for x in numbers)
         print(f" - {key}: ({', '.join(texts)})")
-    return {key: tuple(numbers) for key, numbers in result.items()}
+    return result
 
 
 @torch.no_grad()
@@ -367,9 +365,7 @@ def predict(model: nn.Module, images, transform, classes, top_k: int = 3) -> lis
     tensors = (torch.stack([transformed(i) for i in batch]) for batch in batches)
     _, probabilities = predictions(model, ((batch, torch.zeros(len(batch))) for batch in tensors))
     if probabilities.shape[1] != len(classes):
-        raise ValueError(
-            f"expected as many classes as logits, {probabilities.shape[1]}, found {len(classes)}: give the model's own"
-        )
+        raise ValueError(f"expected as many classes as logits, {probabilities.shape[1]}, found {len(classes)}: give the model's own")
     top = probabilities.topk(top_k)
     return [[(classes[c], p) for p, c in zip(*pair)] for pair in zip(top.values.tolist(), top.indices.tolist())]
 
@@ -378,7 +374,7 @@ def calibration(targets: torch.Tensor, probabilities: torch.Tensor) -> tuple[lis
     """Whether the model is right as often as it says, by its confidence, the probability of the class that it names.
 
     Args:
-        targets, probabilities: as `predictions` gives them.
+        targets, probabilities: as `predictions` gives them, of one image at least.
 
     Returns:
         A dict for each tenth of [0, 1] in which a confidence lies: count, confidence and accuracy (means over its images,
