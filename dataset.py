@@ -648,8 +648,11 @@ class BatchLoader:
                 f"expected batch_size >= 1, a multiple of the {processes} process{'es' * (processes > 1)}, "
                 f"found {batch_size}: give the images a step, of all processes together"
             )
-        if images.transform is None:
-            raise ValueError("expected images with a transform, found none: give them test_transform(), or another Compose")
+        if getattr(images, "transform", None) is None:
+            raise ValueError(
+                f"expected AlbumentationsImages with a transform, found {type(images).__name__} without: "
+                "give them test_transform(), or another Compose; a Subset goes through a DataLoader"
+            )
         self.images = torch.from_numpy(images.data).to(device)
         self.targets = torch.tensor(images.targets, device=device)
         self.transform = BatchTransform(images.transform, device)

@@ -331,7 +331,7 @@ def misclassified(model: nn.Module, loader, limit: int | None = None) -> list[di
     return [dict(zip(("index", "target", "prediction", "confidence"), row)) for row in zip(*columns)]
 
 
-def predict(model: nn.Module, images, transform, classes, top_k: int = 3) -> list[list[tuple[str, float]]]:
+def predict(model: nn.Module, images, transform, classes, top_k: int | None = None) -> list[list[tuple[str, float]]]:
     """The top_k most probable (class name, probability) pairs of each image, most probable first.
 
     Args:
@@ -341,12 +341,13 @@ def predict(model: nn.Module, images, transform, classes, top_k: int = 3) -> lis
         transform: an albumentations.Compose that ends in a float tensor (3, H, W), the one that the model was
             tested with.
         classes: the names, in the order of the logits.
-        top_k: 1 to len(classes).
+        top_k: 1 to len(classes); by default 3, or all where there are fewer.
 
     Raises:
         ValueError: top_k out of range, classes that are not as many as the logits, or what the transform raises, with
             the place of the image in the list.
     """
+    top_k = min(3, len(classes)) if top_k is None else top_k
     if not 1 <= top_k <= len(classes):
         raise ValueError(f"expected top_k from 1 to {len(classes)}, the number of classes, found {top_k}: change it")
     if not isinstance(images, (list, tuple)) and getattr(images, "ndim", 0) != 4:

@@ -102,8 +102,9 @@ def test_batch_loader_visits_every_image_once_in_an_order_of_its_own_each_epoch(
     assert [len(targets) for _, targets in BatchLoader(images, 499, shuffle=True)] == [499], "one image is no batch"
     with pytest.raises(ValueError, match="batch_size >= 1"):
         BatchLoader(images, -1, shuffle=True)
-    with pytest.raises(ValueError, match="expected images with a transform, found none"):
-        BatchLoader(AlbumentationsCIFAR10(ASSETS, train=False), 10, shuffle=True)
+    for wrong in (AlbumentationsCIFAR10(ASSETS, train=False), Subset(images, range(9))):
+        with pytest.raises(ValueError, match=f"expected AlbumentationsImages with a transform, found {type(wrong).__name__} without"):
+            BatchLoader(wrong, 10, shuffle=True)
 
 
 @pytest.mark.parametrize("views", [2, None])

@@ -314,7 +314,7 @@ def test_predict_names_the_most_probable_classes():
     for images, classes, top_k, message in (
         (red, names, 4, "top_k from 1 to 3.* found 4"),
         (red, names, 0, "found 0"),
-        (red, names[:2], 1, "as many classes as logits, 3, found 2"),
+        (red, names[:2], None, "as many classes as logits, 3, found 2"),
     ):
         with pytest.raises(ValueError, match=message):
             predict(Lookup(), images, transform, classes, top_k)
