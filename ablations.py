@@ -26,6 +26,7 @@ from training_utils import Muon, fit, soft_targets
 from utils import set_seed
 
 HERE = Path(__file__).resolve().parent
+
 # The notebook's recipe. Every row of CHANGES is this one with the given differences.
 RECIPE = dict(optimizer="Muon", muon_rate=0.015, momentum=0.95, rate=0.2, decay=5e-4, norm_decay=0.0, batch=256)
 RECIPE |= dict(warm_up=0.2, shape="linear", average=0.995, statistics=True, dropout=0.0, augmentation=list, smoothing=0.0)

@@ -176,8 +176,8 @@ def fetch(source: str, partial: Path, slow: float) -> None:
 def receive(response: http.client.HTTPResponse, file: io.BufferedRandom, slow: float) -> None:
     """Write the response into the file, with a bar; ConnectionError where it ends early or late, or is slow."""
     since, received = time.monotonic(), 0
-    start = dict(total=ARCHIVE_SIZE, initial=file.tell(), unit="B", unit_scale=True)
-    with tqdm(desc="CIFAR-10", **start, file=sys.stdout, delay=1, leave=False) as bar:
+    bar = tqdm(desc="CIFAR-10", total=ARCHIVE_SIZE, initial=file.tell(), unit="B", unit_scale=True, file=sys.stdout, delay=1, leave=False)
+    with bar:
         while chunk := response.read1(2**16):
             file.write(chunk)
             bar.update(len(chunk))

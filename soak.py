@@ -37,7 +37,7 @@ from tqdm import tqdm
 import dataset
 from dataset import ASSETS, CLASSES, AlbumentationsCIFAR10, BatchLoader, test_transform, train_transform
 from model import Net
-from training_utils import fit, load_weights, save_weights
+from training_utils import fit, save_weights
 from utils import predict, set_seed
 
 TABLE = Path("assets/soak.csv")
@@ -338,8 +338,7 @@ def resident() -> float:
 
 def predict_mutated(first: int, count: int, results) -> None:
     """Predict `count` mutated files; send the outcomes, the slowest's seconds and how many MB the memory grew."""
-    net = Net().eval()
-    load_weights(net, ASSETS / "net.safetensors")
+    net = Net.from_pretrained()
     files, found, slowest = pictures(), Counter(), 0.0
     for data in files:  # as they are, all are good; and the memory that the first of a kind takes is no leak
         predict(net, data, test_transform(), CLASSES)

@@ -31,7 +31,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import distributed, nn
 from torch.nn import functional as F
@@ -483,7 +482,7 @@ def fit(
             again. Where the checkpoint is of another run, or this is False, it is kept under another name and the run
             starts from its first epoch.
         recipe: whatever else tells this run from others, such as the seed, the data and the augmentation, which
-            cannot be seen from here; compared as text.
+            cannot be seen from here; compared as text. Not under names that stand there already, "epochs" or "model", say.
         on_epoch: called after every epoch with its row of the history: for TensorBoard, say.
 
     Returns the history, a dict an epoch: epoch (from 1), train_loss, train_accuracy, test_loss,
@@ -827,22 +826,3 @@ def save_weights(model: nn.Module, path: str | Path, metadata: dict[str, str]) -
     """Write the state dict as safetensors, with the metadata."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     write_file(path, save(state, metadata))
-
-
-def load_weights(model: nn.Module, path: str | Path) -> dict[str, str]:
-    """Load what `save_weights` wrote into the model, and return its metadata. The format holds numbers and text alone.
-
-    Raises ValueError for another or a damaged file, and, naming the first key that differs, for another model's weights.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            state, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"expected safetensors weights in {path}, found something else or damage ({error}): get it anew") from None
-    own = model.state_dict()
-    for key in dict.fromkeys([*own, *state]):
-        expected, found = (tuple(tensors[key].shape) if key in tensors else "none" for tensors in (own, state))
-        if expected != found:
-            raise ValueError(f"expected {key} of shape {expected} in {path}, found {found}: it is of another model")
-    model.load_state_dict(state)
-    return metadata

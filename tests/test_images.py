@@ -12,7 +12,6 @@ from PIL import Image
 from dataset import ASSETS, CLASSES, AlbumentationsCIFAR10, read_image, train_transform
 from dataset import test_transform as no_augmentation
 from model import Net
-from training_utils import load_weights
 from utils import predict
 
 # One picture, of two colours that are easy to tell: the left half red, the right half blue.
@@ -165,8 +164,7 @@ def test_no_image_and_no_file(tmp_path):
 
 
 def test_predict_takes_them_all_and_says_which_is_bad(tmp_path):
-    net = Net().eval()
-    load_weights(net, ASSETS / "net.safetensors")
+    net = Net.from_pretrained()
     stored = AlbumentationsCIFAR10(ASSETS, train=False).data[::50]
     expected = predict(net, stored, no_augmentation(), CLASSES)
     assert sum(answer[0][0] == name for answer, name in zip(expected, CLASSES)) >= 8

@@ -236,6 +236,9 @@ def test_ablations_are_the_recorded_runs():
     assert len(taught) == 6 and f"bring {statistics.mean(taught):.2f} points in the mean of the six" in RECIPE
     assert len(cut) == 16 and f"in the 16 runs with cutout {-statistics.mean(cut):.2f} points in the mean" in RECIPE
     assert f"without a teacher they cost {-gains['notebook, no cutout, plain statistics', '0']:.2f} points (one run)" in RECIPE
+
+
+def test_what_one_change_of_today_s_recipe_does():
     rows = [run for run in ABLATIONS if run["change"].startswith("taught")]
     today = {(run["change"].removeprefix("taught, "), run["seed"]): float(run["accuracy"]) for run in rows}
     lost = {change: [] for change, _ in today}
@@ -257,6 +260,9 @@ def test_ablations_are_the_recorded_runs():
     assert all(min(lost[change]) < 0 < max(lost[change]) for change in either)
     losses = {run["change"]: float(run["train_loss"]) for run in ABLATIONS}
     assert all(losses[f"taught, {change}"] < losses["taught"] for change in ("padding of 2 pixels", "no flip"))
+
+
+def test_short_runs_differ_as_said():
     seeds = [run for run in ABLATIONS if (run["change"], run["epochs"]) == (EARLIER, "16")]
     assert [run["seed"] for run in seeds] == ["0", "1", "2"]
     reached, deviation = ", ".join(f"{run['accuracy']} %" for run in seeds), statistics.stdev(float(run["accuracy"]) for run in seeds)
@@ -268,6 +274,18 @@ def test_ablations_are_the_recorded_runs():
 def test_links_and_pictures_are_there():
     for link in re.findall(r"\]\(([^)#:]+)[^):]*\)", BOTH + MODEL_CARD):
         assert (REPOSITORY / unquote(link)).exists(), link
+
+
+def test_what_the_trained_weights_know_already_and_what_they_do_not():
+    sample = AlbumentationsCIFAR10(ASSETS, train=False, transform=no_augmentation())
+    images, targets = next(iter(BatchLoader(sample, 500, shuffle=False)))
+    net = Net.from_pretrained()
+    with torch.no_grad():
+        enlarged = net(torch.nn.functional.interpolate(images[::5], scale_factor=3, mode="bicubic")).argmax(1)
+        assert "fail on the same picture enlarged" in README and (enlarged == targets[::5]).float().mean() < 0.3
+        pets = (targets == 3) | (targets == 5)
+        right = net(images[pets])[:, [3, 5]].argmax(1) == (targets[pets] == 5)
+        assert "the ten classes' network knows both already" in README and right.float().mean() > 0.8
 
 
 def weights_accuracy(root) -> float:
