@@ -482,7 +482,7 @@ def fit(
             again. Where the checkpoint is of another run, or this is False, it is kept under another name and the run
             starts from its first epoch.
         recipe: whatever else tells this run from others, such as the seed, the data and the augmentation, which
-            cannot be seen from here; compared as text. Not under names that stand there already, "epochs" or "model", say.
+            cannot be seen from here; compared as text. A key that `fit` has itself, such as "epochs" or "model", keeps fit's value.
         on_epoch: called after every epoch with its row of the history: for TensorBoard, say.
 
     Returns the history, a dict an epoch: epoch (from 1), train_loss, train_accuracy, test_loss,

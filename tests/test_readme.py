@@ -16,7 +16,6 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from safetensors import safe_open
-from safetensors.torch import load_file
 from test_notebook import text_of
 from torchvision.datasets import CIFAR100
 
@@ -115,17 +114,17 @@ def test_every_output_shown_is_the_recorded_run_s():
 
 def test_numbers_are_the_history_s():
     last = HISTORY[-1]
-    table = dict(re.findall(r"(?m)^\| ([^|]+?) \| ([^|]+?) \|$", README))
+    results = dict(re.findall(r"(?m)^\| ([^|]+?) \| ([^|]+?) \|$", README))
     teaching = sum(row["seconds"] for row in TEACHER)  # before all that follows
     minutes = round((teaching + sum(row["seconds"] for row in HISTORY)) / 60)
-    assert table["Test accuracy"] == f"**{last['test_accuracy']:.2f} %**"
-    assert table["Test loss"] == f"{last['test_loss']:.4f}"
-    assert table["Training accuracy, on augmented images"] == f"{last['train_accuracy']:.2f} %"
-    assert table["Epochs"] == str(len(HISTORY))
-    assert table["Training and testing"] == f"{minutes} minutes, {teaching / 60:.0f} of them the teacher's"
+    assert results["Test accuracy"] == f"**{last['test_accuracy']:.2f} %**"
+    assert results["Test loss"] == f"{last['test_loss']:.4f}"
+    assert results["Training accuracy, on augmented images"] == f"{last['train_accuracy']:.2f} %"
+    assert results["Epochs"] == str(len(HISTORY))
+    assert results["Training and testing"] == f"{minutes} minutes, {teaching / 60:.0f} of them the teacher's"
     assert f"{last['test_accuracy']:.2f} % on test after {len(HISTORY)} epochs**, {minutes} minutes on two CPU cores" in README
     assert f"the teacher had {TEACHER[-1]['test_accuracy']:.2f} % after its {len(TEACHER)}" in README
-    assert table["Parameters"] == f"{sum(p.numel() for p in Net().parameters()):,}"
+    assert results["Parameters"] == f"{sum(p.numel() for p in Net().parameters()):,}"
     seconds = [row["seconds"] for row in HISTORY]
     assert f"An epoch took {statistics.median(seconds):.1f} s in the median, and {max(seconds):.1f} s at most" in README
     looking = (sum(seconds[:19]) - 19 * statistics.median(seconds[19:])) / 60
@@ -148,8 +147,7 @@ def test_numbers_are_the_history_s():
     assert f"{confused} mistakes, {uncompiled}" in MODEL_CARD
     assert ("runs uncompiled here, and is right as often" in README) == (uncompiled == f"{last['test_accuracy']:.2f} %")
     tried = {f"{float(run['accuracy']):.2f} %" for run in ABLATIONS}
-    with open(ASSETS / "history_distilled.csv") as file:
-        distilled = list(csv.DictReader(file))
+    distilled = table("history_distilled", str)
     for network, text in (("Teacher", "{} % for itself after {} minutes"), ("Net", "{} % for the network, in {} more")):
         run = [row for row in distilled if row["network"] == network]
         accuracy = f"{float(run[-1]['test_accuracy']):.2f}"
@@ -217,8 +215,7 @@ def test_the_gpu_s_figures_are_three_recorded_runs():
 
 
 def test_the_teacher_s_part_on_a_gpu_was_read_there():
-    with open(ASSETS / "teacher_h200.csv") as file:
-        *epochs, look = [float(row["seconds"]) for row in csv.DictReader(file)]
+    *epochs, look = [float(row["seconds"]) for row in table("teacher_h200", str)]
     epoch = statistics.median(epochs)
     assert f"{epoch:.1f} s for an epoch of its own, {look:.2f} s for a look" in README
     assert f"20 of each are {20 * (epoch + look):.0f} s on top" in README
@@ -315,10 +312,8 @@ def test_what_the_trained_weights_know_already_and_what_they_do_not():
 
 
 def weights_accuracy(root) -> float:
-    net = Net()
-    net.load_state_dict(load_file(ASSETS / "net.safetensors"))
     images = AlbumentationsCIFAR10(root, train=False, transform=no_augmentation())
-    return training_utils.test(net, BatchLoader(images, 500, shuffle=False))[1]
+    return training_utils.test(Net.from_pretrained(), BatchLoader(images, 500, shuffle=False))[1]
 
 
 def test_weights_reach_the_history_s_accuracy_on_the_test_set(cifar10_root):
