@@ -46,6 +46,7 @@ HISTORY, TEACHER, SEEDS_WAY = table("history"), table("teacher_history"), table(
 ON_GPU = [[row for row in table("history_h100") if row["seed"] == seed] for seed in (0, 1, 2)]
 PRESET = [[row for row in table("history_16_epochs", str) if row["seed"] == seed] for seed in "012"]
 SEED_1 = table("history_other_seeds", str)
+FLOAT32 = table("history_float32", str)
 ABLATIONS = table("ablations", str)
 
 
@@ -160,7 +161,8 @@ def test_numbers_are_the_history_s():
     tried.add(mean)
     seeds_way = {f"{row['test_accuracy']:.2f} %" for row in SEEDS_WAY}
     own |= with_seed_1()
-    assert set(re.findall(r"\d\d\.\d\d ?%", README)) <= own | tried | {*accuracies(PRESET)[0]} | OTHERS | {uncompiled} | seeds_way
+    presets = {*accuracies(PRESET)[0], f"{FLOAT32[-1]['test_accuracy']} %"}
+    assert set(re.findall(r"\d\d\.\d\d ?%", README)) <= own | tried | presets | OTHERS | {uncompiled} | seeds_way
     assert set(re.findall(r"\d\d\.\d\d ?%", RECIPE)) <= own | tried | BEFORE
     assert set(re.findall(r"\d\d\.\d\d ?%", MODEL_CARD)) == {
         f"{last['test_accuracy']:.2f} %", teachers, uncompiled, f"{SEED_1[-1]['test_accuracy']} %",
@@ -176,6 +178,11 @@ def accuracies(runs: list[list[dict]]) -> tuple[list[str], str]:
     return [f"{accuracy:.2f} %" for accuracy in (*last, statistics.mean(last))], f"{statistics.stdev(last):.2f}"
 
 
+def minutes_of(run: list[dict]) -> float:
+    """How long training and testing took."""
+    return sum(float(row["seconds"]) for row in run) / 60
+
+
 def with_seed_1() -> set[str]:
     """What it and its teacher reached, and its mean with seed 0, as the pages give them."""
     last = float(SEED_1[-1]["test_accuracy"])
@@ -185,11 +192,10 @@ def with_seed_1() -> set[str]:
 def test_the_second_seed_s_figures_are_a_recorded_run():
     assert {row["seed"] for row in SEED_1} == {"1"} and [row["network"] for row in SEED_1] == ["Teacher"] * 20 + ["Net"] * 100
     teacher, last = (float(SEED_1[i]["test_accuracy"]) for i in (19, -1))
-    minutes = sum(float(row["seconds"]) for row in SEED_1) / 60
     first = HISTORY[-1]["test_accuracy"]
     theirs = f"{teacher:.2f} % and its network {last:.2f} %, seed 0's {TEACHER[-1]['test_accuracy']:.2f} % and {first:.2f} %"
     assert f"This run is {first - 91.25:.2f} points above it. A second, with random seed 1" in README
-    assert f"{minutes:.0f} minutes, [all epochs]" in README and f"is {91.25 - last:.2f} points below it: {last:.2f} %" in README
+    assert f"{minutes_of(SEED_1):.0f} minutes, [all epochs]" in README and f"is {91.25 - last:.2f} points below it: {last:.2f} %" in README
     assert f"though its teacher had {teacher:.2f} % and seed 0's {TEACHER[-1]['test_accuracy']:.2f} %" in README
     assert f"The mean of the two runs is {(first + last) / 2:.2f} %" in README and f"seed 1 [reached {last:.2f} %](#results)" in README
     assert f"one run (another: {last:.2f} %)" in README
@@ -224,11 +230,21 @@ def test_the_teacher_s_part_on_a_gpu_was_read_there():
 def test_the_preset_s_figures_are_three_recorded_runs():
     assert [[row["network"] for row in run] for run in PRESET] == [["Teacher"] * 8 + ["Net"] * 16] * 3
     (first, second, third, mean), deviation = accuracies(PRESET)
-    minutes, teachers = (sum(float(row["seconds"]) for row in part) / 60 for part in (PRESET[0], PRESET[0][:8]))
+    minutes, teachers = map(minutes_of, (PRESET[0], PRESET[0][:8]))
     assert f"with a teacher of 8, reached {first} in {minutes:.0f} minutes, {teachers:.0f} of them the teacher's" in README
     spread = f"{mean} with a standard deviation of {deviation}"
     assert f"Random seeds 1 and 2 reached {second} and {third}, a mean of the three of {spread}" in README
     assert f"16 epochs of this recipe, seeds 0 to 2, reached {first}, {second} and {third}, a mean of {spread}" in MODEL_CARD
+
+
+def test_the_preset_in_float32_is_a_recorded_run():
+    assert [row["network"] for row in FLOAT32] == ["Teacher"] * 8 + ["Net"] * 16
+    reached, (teachers, all_of_it) = FLOAT32[-1]["test_accuracy"], map(minutes_of, (FLOAT32[:8], FLOAT32))
+    assert f"seed 0 reached {reached} %, in {all_of_it:.0f} minutes, {teachers:.0f} of them the teacher's" in README
+    assert "in float32, all takes more than three times as long" in README and all_of_it > 3 * minutes_of(PRESET[0])
+    step = {row["row"]: row for row in table("bench_zen3", str)}
+    ours, most = (next(float(row["ratio"]) for name, row in step.items() if part in name) for part in ("compiled,", "ceiling"))
+    assert f"reaches {ours:.1f} times the seed's rate there, and {100 * ours / most:.0f} % of the matrix product's" in README
 
 
 def test_the_seeds_way_was_given_at_least_the_same_time():
