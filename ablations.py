@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dataset import MEAN, AlbumentationsCIFAR10, AlbumentationsImages, BatchLoader, find_cifar10, test_transform, train_transform
+from dataset import AlbumentationsCIFAR10, AlbumentationsImages, BatchLoader, find_cifar10, test_transform, train_transform
 from model import Net, Teacher, whitening
 from training_utils import Muon, fit, soft_targets
 from utils import set_seed
@@ -29,21 +29,12 @@ HERE = Path(__file__).resolve().parent
 
 # The notebook's recipe. Every row of CHANGES is this one with the given differences.
 RECIPE = dict(optimizer="Muon", muon_rate=0.015, momentum=0.95, rate=0.2, decay=5e-4, norm_decay=0.0, batch=256)
-RECIPE |= dict(warm_up=0.2, shape="linear", average=0.995, statistics=True, dropout=0.0, augmentation=list, smoothing=0.0)
+RECIPE |= dict(warm_up=0.2, shape="linear", average=0.995, statistics=True, dropout=0.0, augmentation=list)
 RECIPE |= dict(teacher=20, temperature=2.0, views=20)
 
-HOLE = A.CoarseDropout((1, 1), (8, 8), (8, 8), fill=tuple(round(255 * value) for value in MEAN), p=1.0)
-COLOUR = A.RandomBrightnessContrast(0.2, 0.2, p=0.5)
 CHANGES = {
     "taught": {},
     "labels": {"teacher": 0},
-    "labels, smoothing 0.05": {"teacher": 0, "smoothing": 0.05},
-    "taught, temperature 4": {"temperature": 4.0},
-    "taught, new views in each epoch": {"views": None},
-    "taught, running statistics": {"statistics": False},
-    "taught, cutout": {"augmentation": lambda steps: [*steps[:-2], HOLE, *steps[-2:]]},
-    "taught, no affine": {"augmentation": lambda steps: [step for step in steps if not isinstance(step, A.Affine)]},
-    "taught, colour": {"augmentation": lambda steps: [COLOUR, *steps]},
     "taught, padding of 2 pixels": {"augmentation": lambda steps: [A.PadIfNeeded(36, 36, border_mode=cv2.BORDER_REFLECT_101), *steps[1:]]},
     "taught, no flip": {"augmentation": lambda steps: [step for step in steps if not isinstance(step, A.HorizontalFlip)]},
     "taught, cosine": {"shape": "cosine"},
@@ -131,7 +122,6 @@ def learn(net: nn.Module, recipe: dict, loaders: list[BatchLoader], epochs: int)
         optimizer,
         scheduler,
         epochs=epochs,
-        label_smoothing=recipe["smoothing"],
         ema_decay=recipe["average"],
         statistics=loaders[2] if recipe["statistics"] else None,
         compile=epochs >= 16,

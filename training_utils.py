@@ -254,7 +254,6 @@ def inside(loader: Iterable) -> list:
 def gradient_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    label_smoothing: float = 0.0,
     network: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Callable[..., torch.Tensor]:
     """The function that takes a batch (images, targets), changes the weights by it, and gives the logits it had for it.
@@ -266,7 +265,7 @@ def gradient_step(
     def step(images: torch.Tensor, targets: torch.Tensor, taught: torch.Tensor | None = None) -> torch.Tensor:
         logits = forward(network or model, images)
         optimizer.zero_grad()
-        loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing) if taught is None else F.cross_entropy(logits, taught)
+        loss = F.cross_entropy(logits, targets if taught is None else taught)
         loss.backward()
         if distributed.is_initialized():
             agree(p.grad for p in model.parameters() if p.grad is not None)
@@ -339,23 +338,21 @@ def train(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     *,
-    label_smoothing: float = 0.0,
     step: Callable[..., torch.Tensor] | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
     """One epoch of training, with a progress bar; the scheduler and `after_step` go on after every step.
 
-    `step` is a `gradient_step`; by default one with this model, optimizer and label smoothing. What a batch holds after
-    images and targets goes to it too: the probabilities (B, C) to learn in place of the targets, as a teacher found them
-    (without label smoothing).
+    `step` is a `gradient_step`; by default one with this model and optimizer. What a batch holds after images and
+    targets goes to it too: the probabilities (B, C) to learn in place of the targets, as a teacher found them.
 
-    Returns the mean cross-entropy (without label smoothing, so that it compares with `test`'s) and the
-    accuracy in percent over all the epoch's samples, each as the model was when it saw them.
+    Returns the mean cross-entropy (against the targets, so that it compares with `test`'s) and the accuracy in percent
+    over all the epoch's samples, each as the model was when it saw them.
     Raises FloatingPointError for a loss that is NaN or infinite: at once on a CPU, within half a second on a GPU.
     Raises ValueError for a loader without batches.
     """
     device = next(model.parameters()).device
-    step = step or gradient_step(model, optimizer, label_smoothing)
+    step = step or gradient_step(model, optimizer)
     model.train()
     loss_sum = torch.zeros((), device=device, dtype=torch.float64)
     correct, finite = torch.zeros(2, device=device, dtype=torch.int64)  # finite: the steps before the first bad loss
@@ -442,7 +439,6 @@ def fit(
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     *,
     epochs: int,
-    label_smoothing: float = 0.0,
     ema_decay: float = 0.0,
     statistics: Iterable | None = None,
     compile: bool = False,
@@ -519,7 +515,6 @@ def fit(
         **(recipe or {}),
         "epochs": epochs,
         "steps an epoch": len(train_loader),
-        "label smoothing": label_smoothing,
         "statistics": "running" if statistics is None else "taken anew",
         "decay of the average": ema_decay,
         "model": model,
@@ -555,7 +550,7 @@ def fit(
         network = compiled(model, next(iter(train_loader))[0].to(device))
         if device.type == "cpu":  # on a GPU the test takes too short a time to win the compiler's back
             tested = compiled(average.eval(), parts_of(next(iter(test_loader))[0])[0])
-    step = gradient_step(model, optimizer, label_smoothing, network)
+    step = gradient_step(model, optimizer, network)
     if compile and device.type == "cuda" and not distributed.is_initialized():
         step = replayed(step, optimizer)
     if saved:
@@ -563,6 +558,9 @@ def fit(
             part.load_state_dict(saved[name])
         set_random_state(saved["random"], train_loader)
     print()
+
+    def good() -> str:
+        return f"{checkpoint} is as it was after epoch {kept}" if kept else "nothing was saved"
 
     finished, kept, steps = copy.deepcopy(average.state_dict()), len(history), len(history) * len(train_loader)
     with interruptible() as interrupted:
@@ -603,27 +601,22 @@ def fit(
                     raise
                 break
             except FloatingPointError as error:
-                good = f"{checkpoint} is as it was after epoch {kept}" if kept else "nothing was saved"
-                raise FloatingPointError(f"epoch {epoch}: {error}; {good}") from None
+                raise FloatingPointError(f"epoch {epoch}: {error}; {good()}") from None
             names = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "learning_rate", "seconds")
             history.append(dict(zip(names, (epoch, *trained, *scored, learning_rate, time.perf_counter() - start))))
             finished = copy.deepcopy(average.state_dict())
             if rank:
                 continue
-            if checkpoint is not None:
-                state = {name: part.state_dict() for name, part in parts.items()}
-                state |= {"recipe": recipe, "random": random_state(train_loader), "history": history}
-                try:
+            try:
+                if checkpoint is not None:
+                    state = {name: part.state_dict() for name, part in parts.items()}
+                    state |= {"recipe": recipe, "random": random_state(train_loader), "history": history}
                     save_checkpoint(state, Path(checkpoint))
                     kept = epoch
-                except OSError as error:
-                    good = f"{checkpoint} is as it was after epoch {kept}" if kept else "none was saved before"
-                    warnings.warn(f"epoch {epoch} could not be saved ({error}): {good}", stacklevel=2)
-            if history_file is not None:
-                try:
+                if history_file is not None:
                     write_history(history, history_file)
-                except OSError as error:
-                    warnings.warn(f"the history could not be written after epoch {epoch} ({error})", stacklevel=2)
+            except OSError as error:
+                warnings.warn(f"epoch {epoch} could not be saved ({error}): {good()}", stacklevel=2)
             on_epoch(history[-1])
             if interrupted:
                 break

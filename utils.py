@@ -204,11 +204,6 @@ def write_receptive_field_workbook(model: nn.Module, path: str | Path, input_siz
     for r in range(1, last + 1):
         sheet.row_dimensions[r].height = 26 if r in (1, HEADER) else 18
     sheet.freeze_panes = sheet.cell(HEADER + 1, 2)
-    sheet.print_title_rows = f"{HEADER}:{HEADER}"
-    sheet.page_setup.orientation, sheet.page_setup.paperSize = "landscape", sheet.PAPERSIZE_A4
-    sheet.sheet_properties.pageSetUpPr.fitToPage = True
-    sheet.page_setup.fitToHeight = 0  # as many pages as the rows need, one page wide
-    sheet.print_options.horizontalCentered = True
     book.properties.creator, book.properties.created = "utils.write_receptive_field_workbook", datetime(1980, 1, 1)
 
     # openpyxl stamps the time of writing into the archive, and leaves the results of formulas to the program that

@@ -218,7 +218,7 @@ def test_a_finished_run_is_said_and_loaded(tmp_path, whole, capsys):
     [
         ({"seed": 1}, "seed was 0, is 1"),
         ({"epochs": 6}, "epochs was 5, is 6"),
-        ({"label_smoothing": 0.1}, "label smoothing was 0.0, is 0.1"),
+        ({"statistics": Batches()}, "statistics was running, is taken anew"),
         ({"recipe": {"seed": 0, "augmentation": "flip " * 30 + "cut"}}, "flip crop, is lip flip"),
         ({"momentum": 0.8}, "'momentum': 0.9"),
         ({"dropout": 0.4}, "Dropout(p=0.5"),
