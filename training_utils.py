@@ -560,7 +560,7 @@ def fit(
     print()
 
     def good() -> str:
-        return f"{checkpoint} is as it was after epoch {kept}" if kept else "nothing was saved"
+        return f"{checkpoint} is as it was after epoch {kept}" if kept else "no checkpoint was saved"
 
     finished, kept, steps = copy.deepcopy(average.state_dict()), len(history), len(history) * len(train_loader)
     with interruptible() as interrupted:

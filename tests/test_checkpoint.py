@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
         assert part in str(error.value)
     state = load_checkpoint(tmp_path / "net.pt")
     assert len(state["history"]) == 2 and all(value.isfinite().all() for value in state["model"].values())
-    with pytest.raises(FloatingPointError, match="epoch 1: .*nothing was saved"):
+    with pytest.raises(FloatingPointError, match="epoch 1: .*no checkpoint was saved"):
         run(tmp_path / "other", Batches(1, 1, lambda images: images * torch.nan))
 
 
