@@ -22,7 +22,7 @@ from torch import nn
 
 from dataset import AlbumentationsCIFAR10, AlbumentationsImages, BatchLoader, find_cifar10, test_transform, train_transform
 from model import Net, Teacher, whitening
-from training_utils import Muon, fit, soft_targets
+from training_utils import Muon, fit, precision, soft_targets
 from utils import set_seed
 
 HERE = Path(__file__).resolve().parent
@@ -140,6 +140,7 @@ def main() -> None:
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    machine += f", {precision(device)}".replace("torch.", "")
     for seed in given.seeds:
         for change in given.changes:
             print(f"--- {change}, seed {seed}")
