@@ -3,12 +3,14 @@
     python ablations.py "taught, cosine" "taught, dropout 0.03" --seeds 0 1 --epochs 16
 
 Each run is a line of assets/ablations.csv. What helps becomes the notebook's default, what does not stays a line there.
+`python ablations.py plot` draws assets/ablations.png from the lines of 16 epochs.
 """
 
 import argparse
 import csv
 import functools
 import shlex
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -18,6 +20,7 @@ import albumentations as A
 import cv2
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from dataset import AlbumentationsCIFAR10, AlbumentationsImages, BatchLoader, find_cifar10, test_transform, train_transform
@@ -128,13 +131,43 @@ def learn(net: nn.Module, recipe: dict, loaders: list[BatchLoader], epochs: int)
     )
 
 
+def plot(table: Path, picture: Path) -> None:
+    """Draw each run of 16 epochs as a dot, in the row of its change; the row with the best mean is on top."""
+    reached = {}
+    with open(table) as file:
+        for run in csv.DictReader(file):
+            if run["change"] in CHANGES and run["epochs"] == "16":
+                reached.setdefault(run["change"], {})[run["seed"]] = float(run["accuracy"])
+    order = sorted(reached, key=lambda change: statistics.mean(reached[change].values()))
+    figure = Figure((9, 0.9 + 0.24 * len(order)), dpi=150, layout="constrained")
+    figure.suptitle("One change of the recipe, 16 epochs, judged by 5,000 images held out from training", fontsize=11)
+    axes = figure.subplots()
+    recipe = statistics.mean(reached["taught"].values())
+    error = (recipe * (100 - recipe) / 5000) ** 0.5
+    axes.axvspan(recipe - error, recipe + error, color="#DDDDDD", label="the recipe, ± the standard error of 5,000 images")
+    for seed, color, mark in (("0", "#0072B2", "o"), ("1", "#D55E00", "s")):
+        ran = [(runs[seed], order.index(change)) for change, runs in reached.items() if seed in runs]
+        axes.plot(*zip(*ran), mark, color=color, ms=5, label=f"random seed {seed}")
+    axes.set_yticks(range(len(order)), [change.removeprefix("taught, ") for change in order])
+    axes.get_yticklabels()[order.index("taught")].set_weight("bold")
+    axes.set_xlabel("held-out accuracy (%)", fontsize=9.5)
+    axes.tick_params(labelsize=8.5)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8.5, loc="upper left")
+    figure.savefig(picture)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("changes", nargs="+", choices=CHANGES, metavar="CHANGE", help="of: " + ", ".join(CHANGES))
+    choices = [*CHANGES, "plot"]
+    parser.add_argument("changes", nargs="+", choices=choices, metavar="CHANGE", help="of: " + ", ".join(choices))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--csv", type=Path, default=HERE / "assets" / "ablations.csv")
     given = parser.parse_args()
+    if "plot" in given.changes:
+        return plot(given.csv, given.csv.with_suffix(".png"))
     root = find_cifar10(data="full")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     describe = ["git", "describe", "--always", "--dirty"]

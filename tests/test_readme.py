@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
+from PIL import Image
 from safetensors import safe_open
 from test_notebook import text_of
 from torchvision.datasets import CIFAR100
 
+import ablations
 import training_utils
 from dataset import ASSETS, AlbumentationsCIFAR10, BatchLoader
 from dataset import test_transform as no_augmentation
@@ -297,6 +299,12 @@ def test_what_one_change_of_today_s_recipe_does():
     assert all(min(lost[change]) < 0 < max(lost[change]) for change in either)
     losses = {run["change"]: float(run["train_loss"]) for run in ABLATIONS}
     assert all(losses[f"taught, {change}"] < losses["taught"] for change in ("padding of 2 pixels", "no flip"))
+
+
+def test_the_picture_of_the_ablations_is_drawn_from_their_table(tmp_path):
+    ablations.plot(ASSETS / "ablations.csv", tmp_path / "drawn.png")
+    drawn, shown = (np.asarray(Image.open(path).convert("L"), float) for path in (tmp_path / "drawn.png", ASSETS / "ablations.png"))
+    assert drawn.shape == shown.shape and np.abs(drawn - shown).max() < 64
 
 
 def test_short_runs_differ_as_said():
