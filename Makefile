@@ -7,7 +7,8 @@
 PYTHON ?= python3
 N ?= 2
 # The parameters are the variables given on make's command line, whatever they are called: the notebook refuses unknown ones.
-PARAMETERS = $(filter-out PYTHON=%,$(MAKEOVERRIDES))
+# CIFAR10_ROOT reaches it through the environment.
+PARAMETERS = $(filter-out PYTHON=% CIFAR10_ROOT=%,$(MAKEOVERRIDES))
 
 notebook: .venv/installed
 	@.venv/bin/python run_notebook.py $(PARAMETERS)

@@ -135,6 +135,13 @@ def test_after_a_crash_all_cells_again_go_on_and_a_finished_run_is_said(clone):
     assert again.count("Nothing is left to train") == 2 and "on test after 3 epochs" in again  # the teacher's run, and the network's
 
 
+def test_make_hands_on_parameters_and_nothing_else():
+    given = ["PYTHON=python3.12", "CIFAR10_ROOT=/data", "EPOCHS=3"]
+    command = ["make", "--no-print-directory", "-n", "-o", ".venv/installed", "notebook", *given]
+    asked = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert asked.split() == [".venv/bin/python", "run_notebook.py", "EPOCHS=3"]
+
+
 @pytest.mark.parametrize(
     "argument, expected",
     [
