@@ -295,6 +295,10 @@ def test_what_one_change_of_today_s_recipe_does():
     assert "AdamW in place of Muon costs {:.2f} points, SGD costs {:.2f}".format(*optimizers) in RECIPE
     assert optimizers[1] > 2 * moved
     assert any(f"{optimizers[1]:.1f} points ahead of SGD on held-out images" in cell.source for cell in NOTEBOOK.cells)
+    untaught = {run["seed"]: run for run in ABLATIONS if run["change"] == "labels"}
+    costs = statistics.mean(today["taught", seed] - float(run["accuracy"]) for seed, run in untaught.items())
+    mean_loss = [statistics.mean(float(run["loss"]) for run in ABLATIONS if run["change"] == change) for change in ("labels", "taught")]
+    assert f"it is {costs:.2f} points less, with a lower held-out loss, {mean_loss[0]:.3f} for {mean_loss[1]:.3f}" in RECIPE
     most = max(abs(statistics.mean(losses)) for losses in lost.values())
     assert f"Nothing else moves the accuracy by more than {most:.2f} points" in RECIPE
     either = ("no weight decay", "weight decay 1e-3", "norms decayed as well", "no average")
