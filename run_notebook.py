@@ -33,7 +33,8 @@ def main() -> None:
     if malformed := [argument for argument in arguments[script:] if "=" not in argument]:
         sys.exit(f"expected NAME=VALUE, found {malformed[0]!r}: see the parameters cell of {NOTEBOOK}")
     parameters = {name: typed(value) for name, value in (argument.split("=", 1) for argument in arguments[script:])}
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    found = NOTEBOOK.read_text("utf-8")
+    notebook = nbformat.reads(found, as_version=4)
     # What an earlier run was given is not a default of this one.
     notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     if script:
@@ -70,6 +71,8 @@ def main() -> None:
             # Who runs all cells of the result again, after a crash, wants to go on.
             cell.source = re.sub(r"(?m)^RESUME = ", "# RESUME = ", cell.source)
     nbformat.write(notebook, GROWING)
+    if NOTEBOOK.read_text("utf-8") != found:
+        sys.exit(f"expected {NOTEBOOK} as it was when the run began, found another: it stays, and the result is {GROWING}; move it yourself")
     os.replace(GROWING, NOTEBOOK)
 
 

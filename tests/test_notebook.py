@@ -178,6 +178,19 @@ def test_an_interrupted_run_leaves_the_notebook(clone, argument, again):
     assert (clone / "S8.ipynb").read_bytes() == before
 
 
+def test_a_notebook_that_was_changed_while_it_ran_stays(tmp_path):
+    shutil.copy(REPOSITORY / "run_notebook.py", tmp_path)
+    parameters = nbformat.v4.new_code_cell("TEXT = ''", metadata={"tags": ["parameters"]})
+    cells = [parameters, nbformat.v4.new_code_cell("open('S8.ipynb', 'a').write(TEXT)")]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "S8.ipynb")
+    assert run_notebook(tmp_path).returncode == 0
+    ran = (tmp_path / "S8.ipynb").read_text()
+    done = run_notebook(tmp_path, "TEXT=' '")
+    assert done.returncode == 1 and "it stays, and the result is runs/S8.ipynb" in done.stderr.splitlines()[-1]
+    assert (tmp_path / "S8.ipynb").read_text() == ran + " " and (tmp_path / "runs/S8.ipynb").exists()
+
+
 STOPPED = """
 import torch
 from torch import nn
