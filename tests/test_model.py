@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -76,13 +77,14 @@ def images():
     return inputs[::5], targets[::5]
 
 
-def test_pretrained_by_path_by_hub_and_with_the_file_alone(pretrained, images, tmp_path):
+def test_pretrained_by_path_by_hub_and_with_the_file_alone(pretrained, images, tmp_path, monkeypatch):
     inputs, targets = images
     logits = pretrained(inputs)
     assert (logits.argmax(1) == targets).float().mean() > 0.75 and not pretrained.training
     assert pretrained.metadata["classes"].split(",")[3] == "cat" and len(pretrained.metadata["mean"].split(",")) == 3
+    monkeypatch.setitem(sys.modules, "model", ModuleType("the caller's own"))
     hub = torch.hub.load(str(REPOSITORY), "net", source="local", pretrained=True)
-    assert torch.equal(hub(inputs), logits)
+    assert torch.equal(hub(inputs), logits) and torch.equal(pickle.loads(pickle.dumps(hub))(inputs), logits)
     assert torch.hub.load(str(REPOSITORY), "net", source="local", num_classes=7)(inputs).shape == (100, 7)
     for file in (model.__file__, ASSETS / "net.safetensors"):
         shutil.copy(file, tmp_path)
