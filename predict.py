@@ -7,6 +7,7 @@ call that makes no sense.
 
 import argparse
 import csv
+import io
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from dataset import CLASSES, SUFFIXES, read_image, test_transform
 from model import Net
+from training_utils import write_file
 from utils import predict
 
 BATCH = 256
@@ -41,6 +43,8 @@ def main() -> int:
         parser.error(f"expected pictures, found none in {', '.join(map(str, given.paths))}")
     if given.csv and not given.csv.parent.is_dir():
         parser.error(f"expected a folder for {given.csv}, found none: make {given.csv.parent}")
+    if given.csv and (given.csv.is_dir() or not os.access(given.csv.parent, os.W_OK)):
+        parser.error(f"expected a file that can be written, found {given.csv}, a folder or in one that is read-only: name another")
     sys.stdout.reconfigure(errors="surrogateescape")  # a file's name need not be text
 
     net = Net.from_pretrained().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,10 +64,9 @@ def main() -> int:
 
     if given.csv:
         columns = [f"{name}{k}" for k in range(1, given.top + 1) for name in ("class", "probability")]
-        partial = Path(f"{given.csv}.partial")
-        with open(partial, "w", newline="", errors="surrogateescape") as out:
-            csv.writer(out).writerows([["file", *columns], *rows])
-        os.replace(partial, given.csv)
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([["file", *columns], *rows])
+        write_file(given.csv, text.getvalue().encode(errors="surrogateescape"))
     else:
         for file, *answer in rows:
             print(f"{file}: {', '.join(f'{name} {100 * share:.1f} %' for name, share in zip(answer[::2], answer[1::2]))}")
