@@ -37,7 +37,7 @@ from tqdm import tqdm
 import dataset
 from dataset import ASSETS, CLASSES, AlbumentationsCIFAR10, BatchLoader, test_transform, train_transform
 from model import Net
-from training_utils import fit, save_weights
+from training_utils import fit, save_weights, write_csv
 from utils import predict, set_seed
 
 TABLE = Path("assets/soak.csv")
@@ -411,12 +411,7 @@ def main(minutes: float) -> None:
     rows = run(minutes)
     for row in rows:
         print("{part:<11}{what:<58}{survived:>7,} of {tried:,}".format(**row))
-    partial = TABLE.with_suffix(".partial")
-    with open(partial, "w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, TABLE)
+    write_csv(rows, TABLE)
     sys.exit(any(row["survived"] < row["tried"] for row in rows))
 
 

@@ -486,7 +486,7 @@ def fit(
 
     Raises:
         ValueError: fewer than one epoch, a decay outside [0, 1), an empty loader, or a checkpoint that is damaged
-            without a good one before it; nothing is overwritten then.
+            without a good one before it; nothing is overwritten then. Or processes that were given different runs.
         TypeError: an optimizer or scheduler whose state could be written but not read again.
         OSError: a folder for the files that cannot be made.
         FloatingPointError: a loss or a weight that is NaN or infinite; no such weights are saved.
@@ -536,7 +536,10 @@ def fit(
     history = saved["history"] if saved else []
     # A run that was killed may have saved an epoch that it did not write to the history.
     if history and history_file is not None and not rank:
-        write_history(history, history_file)
+        try:
+            write_csv(history, history_file)
+        except OSError as error:
+            warnings.warn(f"{history_file} could not be written ({error}): the run goes on", stacklevel=2)
     if len(history) < epochs:
         processor = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         if distributed.is_initialized():
@@ -614,7 +617,7 @@ def fit(
                     save_checkpoint(state, Path(checkpoint))
                     kept = epoch
                 if history_file is not None:
-                    write_history(history, history_file)
+                    write_csv(history, history_file)
             except OSError as error:
                 warnings.warn(f"epoch {epoch} could not be saved ({error}): {good()}", stacklevel=2)
             on_epoch(history[-1])
@@ -806,12 +809,12 @@ def write_file(path: str | Path, content: bytes, keep: Path | None = None) -> No
         partial.unlink(missing_ok=True)
 
 
-def write_history(history: list[dict[str, float]], path: str | Path) -> None:
-    """Write the history as CSV, a row an epoch."""
+def write_csv(rows: list[dict], path: str | Path) -> None:
+    """Write at least one row, all of the same keys, as CSV."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, history[0].keys())
+    writer = csv.DictWriter(text, rows[0])
     writer.writeheader()
-    writer.writerows(history)
+    writer.writerows(rows)
     write_file(path, text.getvalue().encode())
 
 

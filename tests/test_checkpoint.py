@@ -211,6 +211,10 @@ def test_a_finished_run_is_said_and_loaded(tmp_path, whole, capsys):
     loader = Refused(Batches())
     assert same(run(tmp_path, loader), whole)
     assert "Nothing is left to train" in capsys.readouterr().out
+    (tmp_path / "history.csv").unlink()
+    (tmp_path / f"history.csv.{os.getpid()}.partial").symlink_to("/dev/full")  # a write there is refused as on a full disk
+    with pytest.warns(UserWarning, match=r"history\.csv could not be written \(.*No space left"):
+        assert same(run(tmp_path, loader), whole)
 
 
 @pytest.mark.parametrize(
