@@ -38,7 +38,7 @@ from tqdm import tqdm
 from dataset import CLASSES, MEAN, STD, AlbumentationsCIFAR10, BatchLoader, BatchTransform, find_cifar10, train_transform
 from dataset import test_transform as no_augmentation
 from model import Dropout, Net
-from training_utils import compiled, forward, gradient_step, keep_freed_memory, parts_of, precision, test, train
+from training_utils import compiled, forward, gradient_step, keep_freed_memory, parts_of, precision, test, train, write_csv
 from utils import predict
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,6 +61,12 @@ def seed_transform() -> A.Compose:
     )
 
 
+def synchronize() -> None:
+    """Wait for what a GPU still has to do."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def in_turn(
     rows: dict[str, Callable[[], int]], rounds: int = 5, before: dict[str, Callable[[], object]] | None = None
 ) -> dict[str, float]:
@@ -73,10 +79,10 @@ def in_turn(
         for name, work in rows.items():
             if before:
                 before[name]()
+                synchronize()
             start = time.perf_counter()
             images = work()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize()
             if round_:  # the first warms up
                 rates[name].append(images / (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in rates.items()}
@@ -170,17 +176,17 @@ def bench_input(images: AlbumentationsCIFAR10, count: int = 8192, rounds: int = 
     }, rounds))
 
 
-def training_step(batch: int, size: int = 32, way: str = "ours", device: torch.device = DEVICE) -> Callable[[], int]:
+def training_step(batch: int, size: int = 32, way: str = "ours") -> Callable[[], int]:
     """One training step on random images of that size, by the seed's way, plain PyTorch's, or this repository's."""
     torch.manual_seed(0)
     net, optimizer = seed_net()
     if way != "seed":
-        net = Net().to(device, memory_format=torch.channels_last)
+        net = Net().to(DEVICE, memory_format=torch.channels_last)
         settings = {"weight_decay": 5e-4, "nesterov": True, "fused": way == "ours"}
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, **settings)
     net.train()
-    images = torch.randn(batch, 3, size, size, device=device)
-    targets = torch.randint(10, (batch,), device=device)
+    images = torch.randn(batch, 3, size, size, device=DEVICE)
+    targets = torch.randint(10, (batch,), device=DEVICE)
     if way != "seed":
         images = images.contiguous(memory_format=torch.channels_last)
     network = compiled(net, images) if way == "compiled" else net
@@ -205,8 +211,7 @@ def matrix_rate() -> float:
     for _ in range(6):
         start = time.perf_counter()
         matrix @ matrix
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         times.append(time.perf_counter() - start)
     return 2 * 4096**3 / min(times)
 
@@ -341,11 +346,7 @@ def bench_accuracy(images: AlbumentationsCIFAR10, tests: AlbumentationsCIFAR10, 
             accuracy = 100 * seed_epoch(net, loaders, optimizer, after_step)
             rows.append({"epoch": len(rows) + 1, "test_accuracy": accuracy, "seconds": time.perf_counter() - start})
             bar.set_postfix(epoch=len(rows), test=f"{accuracy:.2f} %")
-    with open("assets/seed_history.csv.partial", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace("assets/seed_history.csv.partial", "assets/seed_history.csv")
+    write_csv(rows, "assets/seed_history.csv")
 
 
 def peak_memory() -> float:
@@ -355,7 +356,7 @@ def peak_memory() -> float:
 
 def in_a_process_of_its_own(code: str) -> dict[str, float]:
     """What a fresh Python that runs `code` prints last: a name and a number in turn."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     words = done.stdout.split("\n")[-2].split()
     return dict(zip(words[::2], map(float, words[1::2])))
 
@@ -369,7 +370,7 @@ step()
 start, images = time.perf_counter(), 0
 while time.perf_counter() - start < 3:
     images += step()
-    torch.cuda.is_available() and torch.cuda.synchronize()
+    bench.synchronize()
 rate = images / (time.perf_counter() - start)
 print("rate", rate, "peak", bench.peak_memory())
 """
@@ -393,7 +394,7 @@ import contextlib, io, torch, bench
 from dataset import AlbumentationsCIFAR10, BatchLoader, find_cifar10, test_transform, train_transform
 from model import Net
 from training_utils import fit
-root = find_cifar10()
+root = find_cifar10(data="full")
 images, tests = AlbumentationsCIFAR10(root, True, train_transform()), AlbumentationsCIFAR10(root, False, test_transform())
 images.data, images.targets = images.data[:5120], images.targets[:5120]
 net = Net().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -408,14 +409,10 @@ print("peak", bench.peak_memory())
 FIRST = """
 import time
 start = time.perf_counter()
-import torch
-from safetensors.torch import load_file
 from dataset import ASSETS, CLASSES, AlbumentationsCIFAR10, test_transform
-from model import Dropout, Net
+from model import Net
 from utils import predict
-net = Net().eval()
-net.load_state_dict(load_file(ASSETS / "net.safetensors"))
-predict(net, AlbumentationsCIFAR10(ASSETS, train=False).data[0], test_transform(), CLASSES)
+predict(Net.from_pretrained(), AlbumentationsCIFAR10(ASSETS, train=False).data[0], test_transform(), CLASSES)
 print("seconds", time.perf_counter() - start)
 """
 
@@ -453,7 +450,7 @@ def plot(table: Path, picture: Path) -> None:
 def main(parts: list[str]) -> None:
     os.chdir(Path(__file__).resolve().parent)
     accuracy = parts[:1] == ["accuracy"] and len(parts) > 1
-    root = find_cifar10(data="full" if accuracy else "auto")
+    root = find_cifar10(data="full")
     images, tests = (AlbumentationsCIFAR10(root, t, f()) for t, f in ((True, train_transform), (False, no_augmentation)))
     benches = {
         "input": lambda: bench_input(images),
@@ -473,12 +470,7 @@ def main(parts: list[str]) -> None:
         with open(TABLE) as file:
             old = [row for row in csv.DictReader(file) if row["part"] not in parts]
     measured = [row for part in parts or benches for row in benches[part]()]
-    partial = TABLE.with_suffix(".partial")
-    with open(partial, "w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(sorted(old + measured, key=lambda row: list(benches).index(row["part"])))
-    os.replace(partial, TABLE)
+    write_csv(sorted(old + measured, key=lambda row: list(benches).index(row["part"])), TABLE)
     plot(TABLE, Path("assets/bench.png"))
 
 
