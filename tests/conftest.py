@@ -17,8 +17,8 @@ def ctrl_c() -> None:
 
 @pytest.fixture(scope="session")
 def cifar10_root() -> Path:
-    """A folder with the full CIFAR-10: CIFAR10_ROOT, or ../shared/data beside the repository."""
-    for root in (os.environ.get("CIFAR10_ROOT"), REPOSITORY / "../shared/data"):
+    """A folder with the full CIFAR-10: CIFAR10_ROOT, the repository's data, or ../shared/data beside it."""
+    for root in (os.environ.get("CIFAR10_ROOT"), REPOSITORY / "data", REPOSITORY / "../shared/data"):
         if root and (Path(root) / "cifar-10-batches-py").exists():
             return Path(root)
-    pytest.skip("the full CIFAR-10 is neither at CIFAR10_ROOT nor in ../shared/data")
+    pytest.skip("the full CIFAR-10 is neither at CIFAR10_ROOT nor in data or ../shared/data")

@@ -184,7 +184,7 @@ def test_the_distribution_test_tells_15_degrees_from_16(affine):
 
 @pytest.mark.parametrize("compose", [seeds_transform(), train_transform()], ids=["seed", "ours"])
 def test_picture_follows_from_seed_epoch_and_index_alone(compose, images):
-    transform, batch = BatchTransform(compose), torch.from_numpy(images)
+    transform, batch = BatchTransform(compose), torch.from_numpy(images.copy())
     table = transform.draw(len(batch), (32, 32), 5, 2)
     whole = transform(batch, table)
     assert whole.shape == (len(batch), 3, 32, 32) and whole.dtype == torch.float32
