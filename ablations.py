@@ -9,6 +9,7 @@ Each run is a line of assets/ablations.csv. What helps becomes the notebook's de
 import argparse
 import csv
 import functools
+import itertools
 import shlex
 import statistics
 import subprocess
@@ -151,7 +152,8 @@ def plot(table: Path, picture: Path) -> None:
     errors = 2 * (2 * mean * (100 - mean) / 5000) ** 0.5
     axes.axvspan(-errors, errors, color="#EEEEEE", label="within two standard errors of a difference")
     axes.axvline(0, color="#777777", ls="--", lw=1.5, label=f"the recipe: {mean:.2f} %")
-    for seed, color, mark in zip(recipe, ("#0072B2", "#D55E00", "#009E73"), "os^"):
+    seeds = sorted({seed for dots in gains.values() for _, seed in dots})
+    for seed, color, mark in zip(seeds, itertools.cycle(("#0072B2", "#D55E00", "#009E73")), itertools.cycle("os^D")):
         dots = [(gain, place) for place, change in enumerate(order) for gain, other in gains[change] if other == seed]
         axes.scatter(*zip(*dots), s=25, color=color, marker=mark, zorder=3, label=f"random seed {seed}")
     axes.set_yticks(range(len(order)), [change.removeprefix("taught, ") for change in order])
@@ -171,11 +173,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--csv", type=Path, default=HERE / "assets" / "ablations.csv")
     given = parser.parse_args()
+    if "plot" in given.changes and len(given.changes) > 1:
+        parser.error("expected changes or plot, found both: run the changes first")
     if "plot" in given.changes:
         return plot(given.csv, given.csv.with_suffix(".png"))
     root = find_cifar10(data="full")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    describe = ["git", "describe", "--always", "--dirty"]
+    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(describe, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     machine += f", {precision(device)}".replace("torch.", "")
