@@ -439,6 +439,7 @@ class BatchTransform:
         """The augmentations of `count` images of `size` (height, width) in this epoch, a row an image.
 
         float32 (count, columns) on the device: a few megabytes for 50,000 images.
+        Raises ValueError for images smaller than what a RandomCrop cuts out.
         """
         return self.pack(self.parameters(count, size, seed, epoch), count, size)
 
@@ -629,7 +630,7 @@ class BatchLoader:
     that is a single image each.
 
     Raises ValueError for images without a transform, and for a batch size below 1 or, shuffled, one that the processes
-    cannot share equally.
+    cannot share equally; NotImplementedError for a transform that `BatchTransform` does not take.
     """
 
     def __init__(

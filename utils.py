@@ -341,6 +341,7 @@ def predict(model: nn.Module, images, transform, classes, top_k: int | None = No
     Raises:
         ValueError: top_k out of range, classes that are not as many as the logits, or what the transform raises, with
             the place of the image in the list.
+        FileNotFoundError: a path at which there is no file.
     """
     top_k = min(3, len(classes)) if top_k is None else top_k
     if not 1 <= top_k <= len(classes):
