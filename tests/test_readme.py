@@ -59,6 +59,17 @@ def blocks(language: str, page: str = README) -> list[str]:
     return re.findall(rf"(?ms)^```{language}\n(.*?)^```$", page)
 
 
+def accuracies(runs: list[list[dict]]) -> tuple[list[str], str]:
+    """Of the seeds 0 to 2 and their mean, as the pages give them; their standard deviation."""
+    last = [float(run[-1]["test_accuracy"]) for run in runs]
+    return [f"{accuracy:.2f} %" for accuracy in (*last, statistics.mean(last))], f"{statistics.stdev(last):.2f}"
+
+
+def minutes_of(run: list[dict]) -> float:
+    """How long training and testing took."""
+    return sum(float(row["seconds"]) for row in run) / 60
+
+
 def test_exactly_two_set_up_commands():
     commands = [line.split("#")[0].strip() for line in blocks("sh")[0].splitlines()]
     assert commands == ["make notebook", "make test"]
@@ -175,17 +186,6 @@ def test_numbers_are_the_history_s():
     }
     compared = re.search(r"(?m)^\| test accuracy \| ([^,]*),", README)[1]
     assert compared == f"{last['test_accuracy']:.2f} %"
-
-
-def accuracies(runs: list[list[dict]]) -> tuple[list[str], str]:
-    """Of the seeds 0 to 2 and their mean, as the pages give them; their standard deviation."""
-    last = [float(run[-1]["test_accuracy"]) for run in runs]
-    return [f"{accuracy:.2f} %" for accuracy in (*last, statistics.mean(last))], f"{statistics.stdev(last):.2f}"
-
-
-def minutes_of(run: list[dict]) -> float:
-    """How long training and testing took."""
-    return sum(float(row["seconds"]) for row in run) / 60
 
 
 def test_the_other_seeds_figures_are_recorded_runs():
