@@ -173,9 +173,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--csv", type=Path, default=HERE / "assets" / "ablations.csv")
     given = parser.parse_args()
-    if "plot" in given.changes and len(given.changes) > 1:
-        parser.error("expected changes or plot, found both: run the changes first")
     if "plot" in given.changes:
+        if len(given.changes) > 1:
+            parser.error("expected changes or plot, found both: run the changes first")
         return plot(given.csv, given.csv.with_suffix(".png"))
     root = find_cifar10(data="full")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

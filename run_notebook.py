@@ -72,7 +72,7 @@ def main() -> None:
             cell.source = re.sub(r"(?m)^RESUME = ", "# RESUME = ", cell.source)
     nbformat.write(notebook, GROWING)
     if NOTEBOOK.read_text("utf-8") != found:
-        sys.exit(f"expected {NOTEBOOK} as it was when the run began, found another: it stays, and the result is {GROWING}; move it yourself")
+        sys.exit(f"expected {NOTEBOOK} as when the run began, found another: it stays, and the result is {GROWING}; move it yourself")
     os.replace(GROWING, NOTEBOOK)
 
 

@@ -47,7 +47,10 @@ def test_bad_files_are_named_the_others_predicted_and_the_status_tells(pictures,
     assert "bad.png" in done.stderr and "none.png" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], ["--top", "11", "a.png"], [REPOSITORY / "tests"], ["a.png", "--csv", "no/out.csv"], ["a.png", "--csv", "/"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--top", "11", "a.png"], [REPOSITORY / "tests"], ["a.png", "--csv", "no/out.csv"], ["a.png", "--csv", "/"]],
+)
 def test_a_call_without_sense_is_2(arguments):
     done = run(*arguments)
     assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -175,8 +175,7 @@ def test_numbers_are_the_history_s():
     assert len(taught) == 8 and f"end at {min(taught):.2f} % to {max(taught):.2f} %, {mean} in the mean" in RECIPE
     tried.add(mean)
     seeds_way = {f"{row['test_accuracy']:.2f} %" for row in SEEDS_WAY}
-    seeds = {*accuracies([HISTORY, *OTHER_SEEDS])[0], *(f"{float(run[19]['test_accuracy']):.2f} %" for run in OTHER_SEEDS)}
-    own |= seeds
+    own |= {*accuracies([HISTORY, *OTHER_SEEDS])[0], *(f"{float(run[19]['test_accuracy']):.2f} %" for run in OTHER_SEEDS)}
     presets = {*accuracies(PRESET)[0], f"{FLOAT32[-1]['test_accuracy']} %"}
     assert set(re.findall(r"\d\d\.\d\d ?%", README)) <= own | tried | presets | OTHERS | {uncompiled} | seeds_way
     assert set(re.findall(r"\d\d\.\d\d ?%", RECIPE)) <= own | tried | BEFORE
