@@ -241,14 +241,18 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int 
             if isinstance(source, np.ndarray):
                 image = source
             elif isinstance(source, Image.Image):
-                image = ImageOps.exif_transpose(source)
+                image = source.copy()
+                with contextlib.suppress(Exception):  # a broken EXIF breaks no picture
+                    image = ImageOps.exif_transpose(source)
                 image.format = source.format  # a copy has none, and in a PPM 32 bits stand for 16
             else:
                 image = Image.open(file, formats=FORMATS)
                 if (limit := Image.MAX_IMAGE_PIXELS) and image.width * image.height > limit:  # Pillow only warns up to twice that
                     raise ValueError(f"{image.width * image.height:,} pixels, over {limit:,}: a decompression bomb?")
                 image.draft(None, (8 * size, 8 * size))  # a large JPEG is decoded at an eighth of its size, or a quarter
-                ImageOps.exif_transpose(image, in_place=True)
+                image.load()
+                with contextlib.suppress(Exception):
+                    ImageOps.exif_transpose(image, in_place=True)
             return square(image, size)
         except UnidentifiedImageError:
             raise ValueError(f"expected an image, found {name}: none of {', '.join(FORMATS)}, or damaged") from None

@@ -53,6 +53,8 @@ SAME = {
     "animated GIF": animated("GIF"),
     "animated WebP": animated("WEBP"),
     "array with alpha": np.dstack([PICTURE, np.full((32, 32), 255, np.uint8)]),
+    "broken EXIF": as_file(exif=b"Exif\0\0nonsense"),
+    "PIL image with broken EXIF": Image.open(io.BytesIO(as_file(exif=b"Exif\0\0nonsense"))),
     "16-bit array": PICTURE.astype(np.uint16) << 8,
     "twice as large": np.repeat(np.repeat(PICTURE, 2, 0), 2, 1),
     "wide": np.hstack([np.zeros((32, 40, 3), np.uint8), PICTURE, np.zeros((32, 40, 3), np.uint8)]),
