@@ -633,8 +633,9 @@ class BatchLoader:
     would have it. Shuffled, all get the same number: the last batch is cut to what they can share, and left out where
     that is a single image each.
 
-    Raises ValueError for images without a transform, and for a batch size below 1 or, shuffled, one that the processes
-    cannot share equally; NotImplementedError for a transform that `BatchTransform` does not take.
+    Raises ValueError for images without a transform, or of another size than 32x32 with one of this module's, and for a
+    batch size below 1 or, shuffled, one that the processes cannot share equally; NotImplementedError for a transform that
+    `BatchTransform` does not take.
     """
 
     def __init__(
@@ -658,6 +659,10 @@ class BatchLoader:
                 f"expected AlbumentationsImages with a transform, found {type(images).__name__} without: "
                 "give them test_transform(), or another Compose; a Subset goes through a DataLoader"
             )
+        size = images.data.shape[1:3]
+        if isinstance(images.transform, CIFARCompose) and size != (32, 32):  # one at a time they would be scaled
+            kept = "scale them with read_image, or keep them so with A.Compose(list(transform))"
+            raise ValueError(f"expected images of (32, 32), found {size}: {kept}")
         self.images = torch.from_numpy(images.data).to(device)
         self.targets = torch.tensor(images.targets, device=device)
         self.transform = BatchTransform(images.transform, device)

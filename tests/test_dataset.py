@@ -3,13 +3,14 @@ import hashlib
 import http.server
 import threading
 
+import albumentations as A
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 
 import dataset
-from dataset import ASSETS, CLASSES, MEAN, STD, AlbumentationsCIFAR10, BatchLoader, find_cifar10, train_transform
+from dataset import ASSETS, CLASSES, MEAN, STD, AlbumentationsCIFAR10, AlbumentationsImages, BatchLoader, find_cifar10, train_transform
 
 
 def test_embedded_sample_is_lossless_and_balanced():
@@ -105,6 +106,11 @@ def test_batch_loader_visits_every_image_once_in_an_order_of_its_own_each_epoch(
     for wrong in (AlbumentationsCIFAR10(ASSETS, train=False), Subset(images, range(9))):
         with pytest.raises(ValueError, match=f"expected AlbumentationsImages with a transform, found {type(wrong).__name__} without"):
             BatchLoader(wrong, 10, shuffle=True)
+    large = np.zeros((4, 64, 64, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"expected images of \(32, 32\), found \(64, 64\)"):  # a DataLoader's would be scaled
+        BatchLoader(AlbumentationsImages(large, [0] * 4, CLASSES, train_transform()), 2, shuffle=True)
+    kept = AlbumentationsImages(large, [0] * 4, CLASSES, A.Compose(list(dataset.test_transform())))
+    assert next(iter(BatchLoader(kept, 2, shuffle=True)))[0].shape == (2, 3, 64, 64)
 
 
 @pytest.mark.parametrize("views", [2, None])
