@@ -35,6 +35,7 @@ from safetensors.torch import save
 from torch import distributed, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
+from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
 REDRAW = 0.5  # seconds between two states of a progress bar, the only moments when the processor waits for the device
@@ -243,10 +244,11 @@ def over_processes(*sums: torch.Tensor | int) -> list[torch.Tensor]:
 
 
 def inside(loader: Iterable) -> list:
-    """The loader, its samplers and its data set, of a `Subset` also what that is of: they may count epochs, or draw by themselves."""
+    """The loader, its samplers and its data set, with what a `Subset` or a `ConcatDataset` is of: they may count epochs, or draw."""
     found = [loader]
     for part in found:  # which grows meanwhile
         others = [getattr(part, name, None) for name in ("sampler", "batch_sampler", "dataset")]
+        others += part.datasets if isinstance(part, ConcatDataset) else []
         found += [other for other in others if other is not None and not any(other is known for known in found)]
     return found
 

@@ -173,7 +173,7 @@ def test_set_epoch_reaches_loader_sampler_and_data_set():
         epochs = []
 
     images = Images((torch.zeros(1, 1, 5), 0) for _ in range(4))
-    some = torch.utils.data.Subset(torch.utils.data.Subset(images, range(3)), range(2))
+    some = torch.utils.data.Subset(torch.utils.data.ConcatDataset([torch.utils.data.Subset(images, range(3))]), range(2))
     given = torch.utils.data.DataLoader(some, batch_sampler=torch.utils.data.BatchSampler(Sampler(some), 2, False))
     for loader in (Loader(batches), given):
         model = Scores()
