@@ -645,7 +645,8 @@ def describe(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_schedul
     for i, group in enumerate(optimizer.param_groups):
         moving = {"params"} | ({"lr"} if "initial_lr" in group else set())
         moving |= {"momentum", "betas"} if "max_momentum" in group else set()
-        described[f"parameters {i}"] = {key: value for key, value in group.items() if key not in moving}
+        trained = sum(p.numel() for p in group["params"] if p.requires_grad)
+        described[f"parameters {i}"] = {"trained": trained, **{key: value for key, value in group.items() if key not in moving}}
     steps = ("last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial", "T_cur", "T_i")
 
     def settings(state: dict) -> dict:

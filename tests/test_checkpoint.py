@@ -42,12 +42,13 @@ class Batches(list):
 
 
 def run(
-    folder, loader=None, rate=lambda step: 1 - step / (EPOCHS * STEPS), seed=0, epochs=EPOCHS, momentum=0.9, dropout=0.5, **options
+    folder, loader=None, rate=lambda step: 1 - step / (EPOCHS * STEPS), seed=0, epochs=EPOCHS, momentum=0.9, dropout=0.5, frozen=0,
+    **options
 ):  # fmt: skip
     """A run with dropout, momentum, an average and a schedule, in a folder; its weights and its history but for seconds."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(dropout), nn.Linear(16, 3))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+    optimizer = torch.optim.SGD(list(model.parameters())[frozen:], lr=0.1, momentum=momentum)
     recipe = {"seed": seed, "augmentation": "flip " * 30 + "crop"}
     options = {"checkpoint": folder / "net.pt", "history_file": folder / "history.csv", "recipe": recipe} | options
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
@@ -225,6 +226,7 @@ def test_a_finished_run_is_said_and_loaded(tmp_path, whole, capsys):
         ({"statistics": Batches()}, "statistics was running, is taken anew"),
         ({"recipe": {"seed": 0, "augmentation": "flip " * 30 + "cut"}}, "flip crop, is lip flip"),
         ({"momentum": 0.8}, "'momentum': 0.9"),
+        ({"frozen": 4}, "'trained': 355"),
         ({"dropout": 0.4}, "Dropout(p=0.5"),
         ({"resume": False}, "is not resumed, as asked"),
     ],
