@@ -409,14 +409,16 @@ def test(model: nn.Module, loader: Iterable, *, network: Callable[[torch.Tensor]
     modes = [(module, module.training) for module in model.modules()]  # some may be frozen: not all have one mode
     model.eval()
     loss_sum, correct, seen = torch.zeros((), device=device, dtype=torch.float64), 0, 0
-    for images, targets, *_ in progress(loader, desc="Test", leave=False, delay=2):
-        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        logits = torch.cat([forward(network or model, part) for part in parts_of(images)])
-        loss_sum += F.cross_entropy(logits, targets, reduction="sum")
-        correct += (logits.argmax(1) == targets).sum()
-        seen += len(targets)
-    for module, mode in modes:
-        module.training = mode
+    try:
+        for images, targets, *_ in progress(loader, desc="Test", leave=False, delay=2):
+            images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            logits = torch.cat([forward(network or model, part) for part in parts_of(images)])
+            loss_sum += F.cross_entropy(logits, targets, reduction="sum")
+            correct += (logits.argmax(1) == targets).sum()
+            seen += len(targets)
+    finally:
+        for module, mode in modes:
+            module.training = mode
     loss_sum, correct, seen = over_processes(loss_sum, correct, seen)
     loss, accuracy = means(loss_sum, correct, seen)
     print(f"Test set: Average loss: {loss:.4f}, Accuracy: {correct:.0f}/{seen:.0f} ({accuracy:.2f}%)\n")

@@ -188,10 +188,18 @@ def test_fit_refuses_what_cannot_be(wrong):
         fit(model, [], [], torch.optim.SGD(model.parameters(), lr=0.1), **wrong)
 
 
-def test_a_frozen_part_stays_frozen_through_a_test():
+def test_modes_stay_as_they_are_through_a_test_finished_or_not():
+    _, _, batches = uneven_batches()
     model = nn.Sequential(Scores(), nn.Dropout(0.5).eval())
-    model[0].train()
-    training_utils.test(model, uneven_batches()[2])
+
+    def stopped():
+        yield batches[0]
+        raise KeyboardInterrupt
+
+    training_utils.test(model, batches)
+    assert [module.training for module in (model, *model)] == [True, True, False]
+    with pytest.raises(KeyboardInterrupt):
+        training_utils.test(model, stopped())
     assert [module.training for module in (model, *model)] == [True, True, False]
 
 
