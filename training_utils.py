@@ -497,8 +497,8 @@ def fit(
     """
     if epochs < 1 or not 0 <= ema_decay < 1:
         raise ValueError(f"expected epochs >= 1 and 0 <= ema_decay < 1, found {epochs} and {ema_decay}")
-    if not len(train_loader) or not len(test_loader):
-        raise ValueError("expected at least one batch to train on and one to test on, found an empty loader: too few images?")
+    if not all(len(loader) for loader in (train_loader, test_loader, statistics) if loader is not None):
+        raise ValueError("expected at least one batch from each loader, found an empty loader: too few images?")
     device = next(model.parameters()).device
     if device.type == "cpu":
         keep_freed_memory()

@@ -210,6 +210,8 @@ def test_an_empty_loader_is_said():
         with pytest.raises(ValueError, match="at least one batch .* found an empty loader"):
             fit(model, *loaders, torch.optim.SGD(model.parameters(), lr=0.1), epochs=1, compile=compile)
     with pytest.raises(ValueError, match="at least one batch .* found an empty loader"):
+        fit(model, batches, batches, torch.optim.SGD(model.parameters(), lr=0.1), epochs=1, statistics=[])
+    with pytest.raises(ValueError, match="at least one batch .* found an empty loader"):
         training_utils.test(model, [])
 
 
