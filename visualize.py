@@ -277,7 +277,7 @@ def plot_confusion_matrix(targets, predictions, classes, note=""):
 
     Args:
         targets, predictions: N integers each, N at least 1, 0 to len(classes) - 1.
-        classes: class names.
+        classes: class names, up to about 25.
 
     Raises:
         ValueError: a wrong shape, dtype, length or class index, or no predictions at all.
