@@ -563,7 +563,7 @@ def fit(
     if saved:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        set_random_state(saved["random"], train_loader)
+        set_random_state(saved["random"], train_loader, statistics)
     print()
 
     def good() -> str:
@@ -617,7 +617,7 @@ def fit(
             try:
                 if checkpoint is not None:
                     state = {name: part.state_dict() for name, part in parts.items()}
-                    state |= {"recipe": recipe, "random": random_state(train_loader), "history": history}
+                    state |= {"recipe": recipe, "random": random_state(train_loader, statistics), "history": history}
                     save_checkpoint(state, Path(checkpoint))
                     kept = epoch
                 if history_file is not None:
@@ -744,27 +744,27 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
-def generators(loader: Iterable) -> list[torch.Generator]:
-    """Those that a `DataLoader` and what is inside it were given for themselves."""
-    found = (getattr(part, "generator", None) for part in inside(loader))
+def generators(loaders: Iterable) -> list[torch.Generator]:
+    """Those that `DataLoader`s and what is inside them were given for themselves."""
+    found = (getattr(part, "generator", None) for loader in loaders for part in inside(loader))
     return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
-def random_state(loader: Iterable) -> dict:
-    """The state of the global generators and of the loader's own, as numbers and text."""
+def random_state(*loaders: Iterable | None) -> dict:
+    """The state of the global generators and of the loaders' own, as numbers and text."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "loader": [generator.get_state() for generator in generators(loader)],
+        "loader": [generator.get_state() for generator in generators(loaders)],
     }
 
 
-def set_random_state(state: dict, loader: Iterable) -> None:
+def set_random_state(state: dict, *loaders: Iterable | None) -> None:
     """Undo what was drawn since `random_state` gave that."""
-    for generator, own in zip(generators(loader), state["loader"]):
+    for generator, own in zip(generators(loaders), state["loader"]):
         generator.set_state(own)
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])

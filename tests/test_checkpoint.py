@@ -111,21 +111,22 @@ def test_a_second_ctrl_c_is_raised_at_once(tmp_path):
         run(tmp_path, Batches(3, 2, press_twice))
 
 
-@pytest.mark.parametrize("whose", ["the loader's", "its batch sampler's"])
+@pytest.mark.parametrize("whose", ["the loader's", "its batch sampler's", "the statistics'"])
 def test_a_loader_s_own_generator_goes_on_too(whose, tmp_path):
     images = torch.utils.data.TensorDataset(torch.randn(32, 1, 4, 4), torch.randint(3, (32,)))
 
-    def loader():
+    def loaders():
         generator = torch.Generator().manual_seed(1)
-        if whose == "the loader's":
-            return torch.utils.data.DataLoader(images, 8, shuffle=True, generator=generator)
         order = torch.utils.data.RandomSampler(images, generator=generator)
-        return torch.utils.data.DataLoader(images, batch_sampler=torch.utils.data.BatchSampler(order, 8, False))
+        if whose == "its batch sampler's":
+            return {"loader": torch.utils.data.DataLoader(images, batch_sampler=torch.utils.data.BatchSampler(order, 8, False))}
+        name = "loader" if whose == "the loader's" else "statistics"
+        return {name: torch.utils.data.DataLoader(images, 8, shuffle=True, generator=generator)}
 
-    expected = run(tmp_path / "whole", loader())
-    run(tmp_path / "stopped", loader(), on_epoch=lambda row: os.kill(os.getpid(), signal.SIGINT) if row["epoch"] == 2 else None)
+    expected = run(tmp_path / "whole", **loaders())
+    run(tmp_path / "stopped", **loaders(), on_epoch=lambda row: os.kill(os.getpid(), signal.SIGINT) if row["epoch"] == 2 else None)
     assert len(load_checkpoint(tmp_path / "stopped/net.pt")["history"]) == 2
-    assert same(run(tmp_path / "stopped", loader()), expected)
+    assert same(run(tmp_path / "stopped", **loaders()), expected)
 
 
 def test_a_history_that_a_kill_left_short_is_completed(tmp_path):
