@@ -463,7 +463,7 @@ def fit(
     On several processes (`join_processes`, under `torchrun`) each loader gives this process's share of each batch, as
     `dataset.BatchLoader` does, as many batches to all for training and equal shares of each; gradients are averaged,
     losses and accuracies are those of all samples. Rank 0 alone writes files and calls `on_epoch`; the checkpoint is
-    one that any number of processes goes on from. Ctrl-C ends such a run at once.
+    one that any number of processes with as many batches an epoch goes on from. Ctrl-C ends such a run at once.
 
     Args:
         ema_decay: what is tested, and what `model` holds in the end, is the exponential moving average of
