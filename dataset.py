@@ -241,7 +241,8 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int 
             if isinstance(source, np.ndarray):
                 image = source
             elif isinstance(source, Image.Image):
-                image = source.copy()
+                image = source
+                image.load()
                 with contextlib.suppress(Exception):  # a broken EXIF breaks no picture
                     image = ImageOps.exif_transpose(source)
                 image.format = source.format  # a copy has none, and in a PPM 32 bits stand for 16
