@@ -162,7 +162,9 @@ def plot(table: Path, picture: Path) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8.5, loc="upper left")
-    figure.savefig(picture)
+    partial = picture.with_suffix(".png.partial")
+    figure.savefig(partial, format="png")
+    partial.replace(picture)
 
 
 def main() -> None:

@@ -444,7 +444,9 @@ def plot(table: Path, picture: Path) -> None:
         axes.margins(x=0.15)
         axes.spines[["top", "right"]].set_visible(False)
     axes.invert_yaxis()
-    figure.savefig(picture)
+    partial = picture.with_suffix(".png.partial")
+    figure.savefig(partial, format="png")
+    partial.replace(picture)
 
 
 def main(parts: list[str]) -> None:
