@@ -454,8 +454,8 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train for `epochs` epochs and test after each; the test results decide nothing.
 
-    For image classifiers: batches of images (N, C, H, W). The model is made channels-last, and on a CPU the
-    process keeps the memory that it frees from then on (`keep_freed_memory`).
+    For image classifiers: batches of images (N, C, H, W). The model is made channels-last and left in training mode,
+    and on a CPU the process keeps the memory that it frees from then on (`keep_freed_memory`).
 
     Ctrl-C, or a notebook's stop button, ends the run between two steps: the model then holds the weights of the last
     epoch that was finished, and its history is returned. (In the first epoch it is raised; a second one is at once.)

@@ -121,6 +121,7 @@ def test_snippets_run(monkeypatch, capsys, small_cifar100, logged):
     assert names["statistics"]["mean"] == pytest.approx((0.5, 0.5, 0.5), abs=0.01)
     assert names["net"](torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     assert names["history"][-1]["test_accuracy"] > 70  # of 100 cats and dogs
+    assert names["pets"].training and names["hundred"].training
 
 
 def test_every_output_shown_is_the_recorded_run_s():
