@@ -9,6 +9,7 @@ Each run is a line of assets/ablations.csv. What helps becomes the notebook's de
 import argparse
 import csv
 import functools
+import io
 import itertools
 import shlex
 import statistics
@@ -26,7 +27,7 @@ from torch import nn
 
 from dataset import AlbumentationsCIFAR10, AlbumentationsImages, BatchLoader, find_cifar10, test_transform, train_transform
 from model import Net, Teacher, whitening
-from training_utils import Muon, fit, precision, soft_targets
+from training_utils import Muon, fit, precision, soft_targets, write_file
 from utils import set_seed
 
 HERE = Path(__file__).resolve().parent
@@ -162,9 +163,9 @@ def plot(table: Path, picture: Path) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8.5, loc="upper left")
-    partial = picture.with_suffix(".png.partial")
-    figure.savefig(partial, format="png")
-    partial.replace(picture)
+    drawn = io.BytesIO()
+    figure.savefig(drawn)
+    write_file(picture, drawn.getvalue())
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from dataset import CLASSES, MEAN, STD, AlbumentationsCIFAR10, BatchLoader, BatchTransform, find_cifar10, train_transform
 from dataset import test_transform as no_augmentation
 from model import Dropout, Net
-from training_utils import compiled, forward, gradient_step, keep_freed_memory, parts_of, precision, test, train, write_csv
+from training_utils import compiled, forward, gradient_step, keep_freed_memory, parts_of, precision, test, train, write_csv, write_file
 from utils import predict
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -444,9 +444,9 @@ def plot(table: Path, picture: Path) -> None:
         axes.margins(x=0.15)
         axes.spines[["top", "right"]].set_visible(False)
     axes.invert_yaxis()
-    partial = picture.with_suffix(".png.partial")
-    figure.savefig(partial, format="png")
-    partial.replace(picture)
+    drawn = io.BytesIO()
+    figure.savefig(drawn)
+    write_file(picture, drawn.getvalue())
 
 
 def main(parts: list[str]) -> None:

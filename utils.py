@@ -389,8 +389,8 @@ def calibration(targets: torch.Tensor, probabilities: torch.Tensor) -> tuple[lis
     return rows, sum(row["count"] * abs(row["confidence"] - row["accuracy"]) for row in rows) / len(targets)
 
 
-def grad_cam(model: nn.Module, layer: str, images: torch.Tensor, classes: list[int] | None = None) -> torch.Tensor:
-    """Where the maps of a layer speak for a class: Selvaraju et al. 2017, Grad-CAM, arXiv:1610.02391.
+def grad_cam(model: nn.Module, layer: str, images: torch.Tensor) -> torch.Tensor:
+    """Where the maps of a layer speak for the class that the model names: Selvaraju et al. 2017, Grad-CAM, arXiv:1610.02391.
 
     The model stays as it is, gradients and mode included.
 
@@ -398,16 +398,10 @@ def grad_cam(model: nn.Module, layer: str, images: torch.Tensor, classes: list[i
         model: images (N, C, H, W) to logits (N, classes).
         layer: the dotted name of a module of it whose output is (N, channels, h, w).
         images: float (N, C, H, W), as the model takes them.
-        classes: a class for each image; the ones that the model names where it is None.
 
     Returns:
         float32 (N, H, W) on the CPU, in [0, 1], 1 at the largest of each image; zeros where nothing speaks for it.
-
-    Raises:
-        ValueError: not as many classes as images.
     """
-    if classes is not None and len(classes) != len(images):
-        raise ValueError(f"expected a class for each of {len(images)} images, found {len(classes)}: give all, or None")
     probe, images, maps = _probe(model), images.detach().cpu().float().requires_grad_(), []  # the model may be frozen
 
     def keep(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -416,9 +410,7 @@ def grad_cam(model: nn.Module, layer: str, images: torch.Tensor, classes: list[i
 
     probe.get_submodule(layer).register_forward_hook(keep)
     with torch.enable_grad():
-        logits = probe(images)
-        chosen = logits.argmax(1) if classes is None else torch.tensor(classes)
-        (slope,) = torch.autograd.grad(logits.gather(1, chosen[:, None]).sum(), maps)
+        (slope,) = torch.autograd.grad(probe(images).max(1).values.sum(), maps)
     heat = (slope.mean((2, 3), keepdim=True) * maps[0]).sum(1, keepdim=True).relu().detach()
     heat = F.interpolate(heat, images.shape[2:], mode="bilinear")[:, 0]
     return heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-12)
