@@ -21,10 +21,10 @@ test: .venv/installed
 	@.venv/bin/python -m pytest
 
 bench: .venv/installed
-	@.venv/bin/python bench.py
+	@.venv/bin/python benchmarks/bench.py
 
 soak: .venv/installed
-	@.venv/bin/python soak.py
+	@.venv/bin/python tests/soak.py
 
 .venv/installed: requirements.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is missing: apt-get install python3 python3-venv"; exit 1; }

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dataset import CLASSES, SUFFIXES, read_image, test_transform
 from model import Net
-from training_utils import write_file
+from checkpoint import write_file
 from utils import predict
 
 BATCH = 256

@@ -15,7 +15,8 @@ from albumentations.augmentations.geometric import functional as fgeometric
 from albumentations.pytorch import ToTensorV2
 from scipy.stats import ks_2samp
 
-from dataset import ASSETS, MEAN, STD, AlbumentationsCIFAR10, BatchTransform, train_transform
+from batches import BatchTransform
+from dataset import ASSETS, MEAN, STD, AlbumentationsCIFAR10, train_transform
 
 warnings.filterwarnings("ignore", "ShiftScaleRotate is a special case")
 pytestmark = pytest.mark.filterwarnings("ignore:ShiftScaleRotate is a special case")

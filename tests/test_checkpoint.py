@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from dataset import ASSETS
 from model import Net
-from training_utils import describe, fit, load_checkpoint, previous, save_weights
+from checkpoint import describe, load_checkpoint, previous, save_weights
+from training_utils import fit
 
 EPOCHS, STEPS = 5, 4
 

@@ -10,7 +10,9 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 import dataset
-from dataset import ASSETS, CLASSES, MEAN, STD, AlbumentationsCIFAR10, AlbumentationsImages, BatchLoader, find_cifar10, train_transform
+from batches import BatchLoader
+from cifar10 import find_cifar10
+from dataset import ASSETS, CLASSES, MEAN, STD, AlbumentationsCIFAR10, AlbumentationsImages, train_transform
 
 
 def test_embedded_sample_is_lossless_and_balanced():

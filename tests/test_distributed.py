@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from dataset import ASSETS, AlbumentationsCIFAR10, AlbumentationsImages, BatchLoader, train_transform
+from batches import BatchLoader
+from dataset import ASSETS, AlbumentationsCIFAR10, AlbumentationsImages, train_transform
 
 EPOCHS = 3
 RUN = """
@@ -22,7 +23,8 @@ import torch
 from torch import nn
 
 import training_utils
-from dataset import ASSETS, AlbumentationsCIFAR10, BatchLoader, test_transform, train_transform
+from batches import BatchLoader
+from dataset import ASSETS, AlbumentationsCIFAR10, test_transform, train_transform
 from model import Net
 
 network, folder, fail_in = sys.argv[1], sys.argv[2], int(sys.argv[3])

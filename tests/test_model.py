@@ -13,7 +13,8 @@ import torch
 from conftest import REPOSITORY
 
 import model
-from dataset import ASSETS, AlbumentationsCIFAR10, BatchLoader, image_folder
+from batches import BatchLoader
+from dataset import ASSETS, AlbumentationsCIFAR10, image_folder
 from dataset import test_transform as no_augmentation
 from model import Dropout, Net, Teacher, whitening
 

@@ -23,7 +23,8 @@ from torchvision.datasets import CIFAR100
 
 import ablations
 import training_utils
-from dataset import ASSETS, AlbumentationsCIFAR10, BatchLoader
+from batches import BatchLoader
+from dataset import ASSETS, AlbumentationsCIFAR10
 from dataset import test_transform as no_augmentation
 from model import Net
 from utils import predictions

@@ -10,9 +10,12 @@ from torch.nn import functional as F
 
 import dataset
 import training_utils
-from dataset import ASSETS, AlbumentationsCIFAR10, BatchLoader, train_transform
+from batches import BatchLoader
+from dataset import ASSETS, AlbumentationsCIFAR10, train_transform
 from model import Net
-from training_utils import Muon, compiled, fit, gradient_step, replayed, soft_targets, train
+from hardware import compiled, replayed
+from muon import Muon
+from training_utils import fit, gradient_step, soft_targets, train
 
 TRAIN_LINE = r"Train: Loss=\d+\.\d{4} Batch_id=%d Accuracy=\d+\.\d\d: "
 TRAIN_LINE += r"100%%\|██████████\| %d/%d \[\d\d:\d\d<00:00, +[\d.]+(it/s|s/it)\]"

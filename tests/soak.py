@@ -34,10 +34,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-import dataset
-from dataset import ASSETS, CLASSES, AlbumentationsCIFAR10, BatchLoader, test_transform, train_transform
+import cifar10
+from batches import BatchLoader
+from dataset import ASSETS, CLASSES, AlbumentationsCIFAR10, test_transform, train_transform
 from model import Net
-from training_utils import fit, save_weights, write_csv
+from checkpoint import save_weights, write_csv
+from training_utils import fit
 from utils import predict, set_seed
 
 TABLE = Path("assets/soak.csv")
@@ -127,20 +129,20 @@ def round_of_kills(seed: int, kills: int = 10) -> Counter:
 def small_archive(folder: Path) -> dict:
     """A CIFAR-10 of 3 MB, noise, as an archive in the folder, and what `dataset` has to believe for it to be the one."""
     noise = np.random.default_rng(0)
-    batches = folder / dataset.CIFAR10.base_folder
+    batches = folder / cifar10.CIFAR10.base_folder
     batches.mkdir()
-    names = [*dataset.CIFAR10.train_list, *dataset.CIFAR10.test_list, [dataset.CIFAR10.meta["filename"]]]
+    names = [*cifar10.CIFAR10.train_list, *cifar10.CIFAR10.test_list, [cifar10.CIFAR10.meta["filename"]]]
     for name, *_ in names:
         (batches / name).write_bytes(noise.bytes(430_000))
-    archive = folder / dataset.CIFAR10.filename
+    archive = folder / cifar10.CIFAR10.filename
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(batches, batches.name)
     sums = {name: hashlib.md5((batches / name).read_bytes()).hexdigest() for name, *_ in names}
     return {
         "tgz_md5": hashlib.md5(archive.read_bytes()).hexdigest(),
-        "train_list": [[name, sums[name]] for name, _ in dataset.CIFAR10.train_list],
-        "test_list": [[name, sums[name]] for name, _ in dataset.CIFAR10.test_list],
-        "meta": dataset.CIFAR10.meta | {"md5": sums[dataset.CIFAR10.meta["filename"]]},
+        "train_list": [[name, sums[name]] for name, _ in cifar10.CIFAR10.train_list],
+        "test_list": [[name, sums[name]] for name, _ in cifar10.CIFAR10.test_list],
+        "meta": cifar10.CIFAR10.meta | {"md5": sums[cifar10.CIFAR10.meta["filename"]]},
         "size": archive.stat().st_size,
     }
 
@@ -148,8 +150,8 @@ def small_archive(folder: Path) -> dict:
 def believe(facts: dict, sources: list[str], patience: float = 0.3) -> None:
     """Have `dataset` look for that archive, there, with that patience: in a process of its own, for it stays so."""
     for name in ("tgz_md5", "train_list", "test_list", "meta"):
-        setattr(dataset.CIFAR10, name, facts[name])
-    dataset.ARCHIVE_SIZE, dataset.SOURCES, dataset.PATIENCE = facts["size"], tuple(sources), patience
+        setattr(cifar10.CIFAR10, name, facts[name])
+    cifar10.ARCHIVE_SIZE, cifar10.SOURCES, cifar10.PATIENCE = facts["size"], tuple(sources), patience
     os.environ["no_proxy"] = "127.0.0.1"
 
 
@@ -157,7 +159,7 @@ def download_it(facts: dict, sources: list[str], root: Path, log: Path) -> None:
     """`find_cifar10` in the small world; what it printed goes to the log."""
     believe(facts, sources)
     with open(log, "a") as file, contextlib.redirect_stdout(file):
-        dataset.find_cifar10(root, "full")
+        cifar10.find_cifar10(root, "full")
 
 
 class Faults(http.server.BaseHTTPRequestHandler):
@@ -214,7 +216,7 @@ FAULTS = ("404", "500", "stall", "trickle", "truncated", "wrong", "redirect")
 def fault_server(folder: Path) -> Iterator[tuple[dict, str, Counter]]:
     """What to believe, the server's address, and a count of the bytes it sent by path."""
     facts = small_archive(folder)
-    handler = type("Handler", (Faults,), {"archive": (folder / dataset.CIFAR10.filename).read_bytes(), "sent": Counter()})
+    handler = type("Handler", (Faults,), {"archive": (folder / cifar10.CIFAR10.filename).read_bytes(), "sent": Counter()})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -227,7 +229,7 @@ def fault_server(folder: Path) -> Iterator[tuple[dict, str, Counter]]:
 def complete(root: Path, facts: dict) -> bool:
     """Whether root holds exactly the data set, and nothing half-done beside it."""
     files = [*facts["train_list"], *facts["test_list"], [facts["meta"]["filename"], facts["meta"]["md5"]]]
-    there = root / dataset.CIFAR10.base_folder
+    there = root / cifar10.CIFAR10.base_folder
     if not all((there / name).exists() for name, _ in files):
         return False
     right = all(hashlib.md5((there / name).read_bytes()).hexdigest() == md5 for name, md5 in files)
@@ -261,7 +263,7 @@ def round_of_downloads(seed: int) -> Counter:
             time.sleep(draw.uniform(0.05, 0.6))
             process.kill()
             process.join()
-            never_half = not (root / dataset.CIFAR10.base_folder).exists() or complete(root, facts)
+            never_half = not (root / cifar10.CIFAR10.base_folder).exists() or complete(root, facts)
             start(*arguments).join()
             note("SIGKILL while downloading", never_half and complete(root, facts))
 

@@ -35,10 +35,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from dataset import CLASSES, MEAN, STD, AlbumentationsCIFAR10, BatchLoader, BatchTransform, find_cifar10, train_transform
+from batches import BatchLoader, BatchTransform
+from cifar10 import find_cifar10
+from dataset import CLASSES, MEAN, STD, AlbumentationsCIFAR10, train_transform
 from dataset import test_transform as no_augmentation
 from model import Dropout, Net
-from training_utils import compiled, forward, gradient_step, keep_freed_memory, parts_of, precision, test, train, write_csv, write_file
+from checkpoint import write_csv, write_file
+from hardware import compiled, forward, keep_freed_memory, precision
+from training_utils import gradient_step, parts_of, test, train
 from utils import predict
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -391,7 +395,9 @@ def bench_growth() -> list[dict]:
 
 RUN = """
 import contextlib, io, torch, bench
-from dataset import AlbumentationsCIFAR10, BatchLoader, find_cifar10, test_transform, train_transform
+from batches import BatchLoader
+from cifar10 import find_cifar10
+from dataset import AlbumentationsCIFAR10, test_transform, train_transform
 from model import Net
 from training_utils import fit
 root = find_cifar10(data="full")

@@ -25,9 +25,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from dataset import AlbumentationsCIFAR10, AlbumentationsImages, BatchLoader, find_cifar10, test_transform, train_transform
+from batches import BatchLoader
+from cifar10 import find_cifar10
+from dataset import AlbumentationsCIFAR10, AlbumentationsImages, test_transform, train_transform
 from model import Net, Teacher, whitening
-from training_utils import Muon, fit, precision, soft_targets, write_file
+from checkpoint import write_file
+from hardware import precision
+from muon import Muon
+from training_utils import fit, soft_targets
 from utils import set_seed
 
 HERE = Path(__file__).resolve().parent
