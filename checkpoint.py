@@ -1,4 +1,8 @@
-"""A run on disk."""
+"""Training runs on disk: checkpoints that survive crashes, and that know which run they belong to.
+
+A checkpoint is written beside the old one and renamed into place, so `path` never holds half a file. The
+checkpoint before it is kept as NAME.previous.EXT. Reading a checkpoint never runs code.
+"""
 
 import csv
 import io
@@ -9,6 +13,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -16,111 +21,218 @@ import numpy as np
 import torch
 from safetensors.torch import save
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import ConcatDataset
 
-
-def inside(loader: Iterable) -> list:
-    """The loader, its samplers and its data set, with what a `Subset` or a `ConcatDataset` is of: they may count epochs, or draw."""
-    found = [loader]
-    for part in found:  # which grows meanwhile
-        others = [getattr(part, name, None) for name in ("sampler", "batch_sampler", "dataset")]
-        others += part.datasets if isinstance(part, ConcatDataset) else []
-        found += [other for other in others if other is not None and not any(other is known for known in found)]
-    return found
+KEYS = {"recipe", "model", "average", "optimizer", "random", "history"}
 
 
-def describe(optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler | None) -> dict[str, object]:
-    """What tells these from others, whether or not they have already been stepped: all options but what steps change.
+@dataclass
+class Run:
+    """A training run: what a checkpoint holds of it, and in which files.
 
-    The functions of a `LambdaLR` are not among a schedule's options: name them in the recipe.
+    Args:
+        recipe: texts that tell this run from others. A checkpoint of another recipe is not resumed.
+        parts: whatever has a state_dict, by name.
+        loaders: whose own random generators are saved, too.
+        checkpoint, history_file: where to write, or None. Their folders are made.
     """
-    described = {"optimizer": type(optimizer).__name__, "schedule": type(scheduler).__name__}
-    for i, group in enumerate(optimizer.param_groups):
-        moving = {"params"} | ({"lr"} if "initial_lr" in group else set())
-        moving |= {"momentum", "betas"} if "max_momentum" in group else set()
-        trained = sum(p.numel() for p in group["params"] if p.requires_grad)
-        described[f"parameters {i}"] = {"trained": trained, **{key: value for key, value in group.items() if key not in moving}}
-    steps = ("last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial", "T_cur", "T_i")
 
-    def settings(state: dict) -> dict:
-        still = {key: value for key, value in state.items() if key not in steps}
-        return {key: [settings(part) for part in value] if key == "_schedulers" else value for key, value in still.items()}
+    recipe: dict[str, str]
+    parts: dict[str, object]
+    loaders: list[Iterable | None]
+    checkpoint: str | Path | None
+    history_file: str | Path | None
+    epochs_on_disk: int = 0
 
-    options = settings(scheduler.state_dict()) if scheduler is not None else {}
-    return described | {"schedule": f"{described['schedule']} {re.sub(' at 0x[0-9a-f]+', '', str(options))}"}
+    def __post_init__(self):
+        self.checkpoint = with_folder(self.checkpoint)
+        self.history_file = with_folder(self.history_file)
 
-
-def find_run(path: Path, recipe: dict[str, str], resume: bool) -> dict | None:
-    """The saved state of this very run, or None where it starts from its first epoch; says which, and why, in a line."""
-    state = load_checkpoint(path) if resume else None
-    changes = []
-    for key in dict.fromkeys([*recipe, *state["recipe"]]) if state else ():
-        was, now = (texts.get(key, "not given") for texts in (state["recipe"], recipe))
-        if was != now:
-            at = max(0, len(os.path.commonprefix([was, now])) - 30)  # of a long text, the place where it differs
-            changes.append(f"{key} was {was[at : at + 60]}, is {now[at : at + 60]}")
-    if changes or state is None:
-        if kept := [str(set_aside(file)) for file in (path, previous(path)) if file.exists()]:
-            why = f"is of another run ({changes[0]})" if changes else "is not resumed, as asked"
-            print(f"{path} {why}: kept as {' and '.join(kept)}, starting with epoch 1")
+    def find(self, resume: bool) -> dict | None:
+        """The checkpoint's state if it is of this very run, else None; prints what there is, and why not."""
+        if self.checkpoint is None:
+            return None
+        state = load_checkpoint(self.checkpoint) if resume else None
+        change = difference(state["recipe"], self.recipe) if state else None
+        if state and not change:
+            self.announce(state)
+            return state
+        reason = f"is of another run ({change})" if change else "is not resumed, as asked"
+        files = [file for file in (self.checkpoint, previous(self.checkpoint)) if file.exists()]
+        if files:
+            names = " and ".join(str(set_aside(file)) for file in files)
+            print(f"{self.checkpoint} {reason}: kept as {names}, starting with epoch 1")
         return None
-    done, epochs = len(state["history"]), int(recipe["epochs"])
-    print(f"{path} holds {done} of {epochs} epochs of this run:")
-    for row in state["history"]:
-        print(
-            "Epoch {epoch}: Train: Loss={train_loss:.4f} Accuracy={train_accuracy:.2f}, Test set: Average loss: "
-            "{test_loss:.4f}, Accuracy: {test_accuracy:.2f}%".format(**row)
-        )
-    rate = state["optimizer"]["param_groups"][0]["lr"]
-    print("Nothing is left to train; resume=False trains anew" if done == epochs else f"Going on at learning rate {rate:.4g}")
-    return state
+
+    def announce(self, state: dict) -> None:
+        """Print the epochs that are finished."""
+        history, epochs = state["history"], int(self.recipe["epochs"])
+        print(f"{self.checkpoint} holds {len(history)} of {epochs} epochs of this run:")
+        for row in history:
+            print(
+                "Epoch {epoch}: Train: Loss={train_loss:.4f} Accuracy={train_accuracy:.2f}, Test set: "
+                "Average loss: {test_loss:.4f}, Accuracy: {test_accuracy:.2f}%".format(**row)
+            )
+        if len(history) == epochs:
+            print("Nothing is left to train. To train again: resume=False")
+        else:
+            print(f"Continuing at learning rate {state['optimizer']['param_groups'][0]['lr']:.4g}")
+
+    def restore(self, state: dict) -> None:
+        """Load every part and the random state."""
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        set_random_state(state["random"], self.loaders)
+        self.epochs_on_disk = len(state["history"])
+
+    def save(self, history: list[dict]) -> None:
+        """Write checkpoint and history. A full disk costs a warning, not the run."""
+        try:
+            if self.checkpoint is not None:
+                state = {name: part.state_dict() for name, part in self.parts.items()}
+                state["recipe"] = self.recipe
+                state["random"] = random_state(self.loaders)
+                state["history"] = history
+                save_checkpoint(state, self.checkpoint)
+                self.epochs_on_disk = len(history)
+            if self.history_file is not None:
+                write_csv(history, self.history_file)
+        except OSError as error:
+            message = f"epoch {len(history)} could not be saved ({error}): {self.last_good()}"
+            warnings.warn(message, stacklevel=3)
+
+    def complete_history(self, history: list[dict]) -> None:
+        """Write the history alone: a killed run may have saved a checkpoint without its last row."""
+        if self.history_file is None or not history:
+            return
+        try:
+            write_csv(history, self.history_file)
+        except OSError as error:
+            message = f"{self.history_file} could not be written ({error}): the run continues"
+            warnings.warn(message, stacklevel=3)
+
+    def last_good(self) -> str:
+        """Where the last good weights are, for error messages."""
+        if not self.epochs_on_disk:
+            return "no checkpoint was saved"
+        return f"{self.checkpoint} is as it was after epoch {self.epochs_on_disk}"
+
+
+# ---------------------------------------------------------------- which run it is
+
+
+def difference(old: dict[str, str], new: dict[str, str]) -> str | None:
+    """The first difference of two recipes, as a text to read; None if there is none."""
+    for key in [*new, *old]:
+        before, after = old.get(key, "not given"), new.get(key, "not given")
+        if before != after:
+            # Of long texts only the place where they differ is shown.
+            start = max(0, len(os.path.commonprefix([before, after])) - 30)
+            return f"{key} was {before[start : start + 60]}, is {after[start : start + 60]}"
+    return None
+
+
+def describe(optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None) -> dict[str, object]:
+    """All options of optimizer and scheduler, except those that training changes.
+
+    The functions of a `LambdaLR` are not among its options: name them in the recipe of `fit`.
+    """
+    description = {"optimizer": type(optimizer).__name__}
+    for i, group in enumerate(optimizer.param_groups):
+        changing = {"params"}
+        if "initial_lr" in group:
+            changing.add("lr")
+        if "max_momentum" in group:
+            changing |= {"momentum", "betas"}
+        trained = sum(p.numel() for p in group["params"] if p.requires_grad)
+        options = {key: value for key, value in group.items() if key not in changing}
+        description[f"parameters {i}"] = {"trained": trained, **options}
+    settings = schedule_settings(scheduler.state_dict()) if scheduler is not None else {}
+    text = re.sub(" at 0x[0-9a-f]+", "", str(settings))  # functions are printed with their address
+    return description | {"schedule": f"{type(scheduler).__name__} {text}"}
+
+
+COUNTERS = {
+    "last_epoch",
+    "_step_count",
+    "_last_lr",
+    "_get_lr_called_within_step",
+    "_is_initial",
+    "T_cur",
+    "T_i",
+}
+
+
+def schedule_settings(state: dict) -> dict:
+    """A scheduler's state without what its steps change, also inside a `SequentialLR`."""
+    settings = {key: value for key, value in state.items() if key not in COUNTERS}
+    if "_schedulers" in settings:
+        settings["_schedulers"] = [schedule_settings(part) for part in settings["_schedulers"]]
+    return settings
+
+
+# ---------------------------------------------------------------- reading and writing checkpoints
 
 
 def load_checkpoint(path: str | Path) -> dict | None:
-    """What `fit` saved, on the CPU, at `path` or else at `previous(path)`; None where neither is there.
+    """The state that was saved at `path`, or else the one before it; None if there is neither.
 
-    Runs no code that a file may hold. A file whose checksums are wrong, or that holds more than numbers and text, is
-    passed over with a warning and kept under another name. ValueError where no good one is left; both stay then.
+    A damaged file is renamed, with a warning, and the one before it is used.
+
+    Raises:
+        ValueError: all that is there is damaged. Nothing is renamed then.
     """
-    bad = {}
+    problems = {}
     for file in (Path(path), previous(path)):
         if not file.exists():
             continue
         try:
-            with zipfile.ZipFile(file) as archive:  # torch.load does not look at the checksums
-                if damaged := archive.testzip():
-                    raise ValueError(f"{damaged} is damaged")
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            if not isinstance(state, dict) or {"recipe", "model", "average", "optimizer", "random", "history"} - state.keys():
-                raise ValueError("not a checkpoint of fit")
-        except Exception as error:  # noise can make the parsers raise anything
-            bad[file] = str(error).partition("\n")[0]
+            state = read_checkpoint(file)
+        except Exception as error:  # damaged bytes can make the parsers raise anything
+            problems[file] = str(error).partition("\n")[0]
             continue
-        if bad:
-            warnings.warn(f"{path} is unusable ({bad[Path(path)]}), kept as {set_aside(Path(path))}: using {file}", stacklevel=4)
+        if problems:
+            reason = problems[Path(path)]
+            message = f"{path} is unusable ({reason}), kept as {set_aside(Path(path))}: using {file}"
+            warnings.warn(message, stacklevel=4)
         return state
-    if bad:
-        found = " and ".join(f"{file} ({reason})" for file, reason in bad.items())
-        raise ValueError(f"expected a checkpoint of fit, found unusable {found}: move what is there away to start anew")
+    if problems:
+        files = " and ".join(f"{file} ({reason})" for file, reason in problems.items())
+        raise ValueError(
+            f"expected a checkpoint of fit, found unusable {files}: move what is there away to start again"
+        )
     return None
 
 
-def save_checkpoint(state: dict, path: Path) -> None:
-    """Put the state at `path`, and what was there before at `previous(path)`.
+def read_checkpoint(file: Path) -> dict:
+    with zipfile.ZipFile(file) as archive:  # torch.load does not check the checksums
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"{damaged} is damaged")
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or KEYS - state.keys():
+        raise ValueError("not a checkpoint of fit")
+    return state
 
-    Raises TypeError for a state that could be written but not read again, as with NumPy's numbers in it.
+
+def save_checkpoint(state: dict, path: Path) -> None:
+    """Write the state to `path`; what was there before moves to `previous(path)`.
+
+    Raises:
+        TypeError: the state could be written but not read back, because it holds NumPy numbers, say.
     """
     buffer = io.BytesIO()
-    torch.save(state, buffer)  # into memory: torch's own writer reports a full disk as a RuntimeError
+    torch.save(state, buffer)  # into memory first: torch reports a full disk as a RuntimeError
     try:
         torch.load(io.BytesIO(buffer.getbuffer()), weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
+        name = re.search(r"GLOBAL (\S+)|$", str(error))[1] or "others"
         raise TypeError(
-            f"expected tensors, Python's numbers and text in the state of optimizer and scheduler, found "
-            f"{found[1] if found else 'others'}: convert with float(), say"
+            "expected tensors, Python's numbers and text in the state of optimizer and scheduler, "
+            f"found {name}: convert with float(), say"
         ) from None
-    write_file(path, buffer.getbuffer(), keep=previous(path))
+    write_file(path, buffer.getbuffer(), backup=previous(path))
 
 
 def previous(path: str | Path) -> Path:
@@ -129,20 +241,36 @@ def previous(path: str | Path) -> Path:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a file out of the way, by the time, and say to what."""
+    """Rename a file to a name with the current time; returns the new path."""
     aside = path.with_name(f"{path.stem}.{datetime.now():%Y%m%d-%H%M%S-%f}{path.suffix}")
     os.replace(path, aside)
     return aside
 
 
+# ---------------------------------------------------------------- random state
+
+
+def parts_of_loader(loader: Iterable | None) -> list:
+    """The loader with its samplers and data sets, also those inside a `Subset` or a `ConcatDataset`."""
+    parts = [loader]
+    for part in parts:  # the list grows while it is read
+        inner = [getattr(part, name, None) for name in ("sampler", "batch_sampler", "dataset")]
+        if isinstance(part, ConcatDataset):
+            inner += part.datasets
+        for item in inner:
+            if item is not None and not any(item is known for known in parts):
+                parts.append(item)
+    return parts
+
+
 def generators(loaders: Iterable) -> list[torch.Generator]:
-    """Those that `DataLoader`s and what is inside them were given for themselves."""
-    found = (getattr(part, "generator", None) for loader in loaders for part in inside(loader))
-    return [generator for generator in found if isinstance(generator, torch.Generator)]
+    """The random generators that loaders or their parts have for themselves."""
+    candidates = [getattr(part, "generator", None) for loader in loaders for part in parts_of_loader(loader)]
+    return [candidate for candidate in candidates if isinstance(candidate, torch.Generator)]
 
 
-def random_state(*loaders: Iterable | None) -> dict:
-    """The state of the global generators and of the loaders' own, as numbers and text."""
+def random_state(loaders: Iterable) -> dict:
+    """The state of Python's, NumPy's and torch's generators and of the loaders' own."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -153,34 +281,45 @@ def random_state(*loaders: Iterable | None) -> dict:
     }
 
 
-def set_random_state(state: dict, *loaders: Iterable | None) -> None:
-    """Undo what was drawn since `random_state` gave that."""
-    for generator, own in zip(generators(loaders), state["loader"]):
-        generator.set_state(own)
+def set_random_state(state: dict, loaders: Iterable) -> None:
+    """Return to a state that `random_state` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+    for generator, value in zip(generators(loaders), state["loader"]):
+        generator.set_state(value)
 
 
-def write_file(path: str | Path, content: bytes, keep: Path | None = None) -> None:
-    """Write beside, flush and rename, so that `path` never holds half a file; what it held before goes to `keep`."""
-    partial = Path(f"{path}.{os.getpid()}.partial")  # another process may be writing too
+# ---------------------------------------------------------------- files
+
+
+def with_folder(path: str | Path | None) -> Path | None:
+    """The path, in a folder that now exists; None for None."""
+    if path is None:
+        return None
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
+def write_file(path: str | Path, content: bytes, backup: Path | None = None) -> None:
+    """Write beside, flush and rename: `path` never holds half a file. Its old content goes to `backup`."""
+    partial = Path(f"{path}.{os.getpid()}.partial")  # another process may write the same file
     try:
         with open(partial, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if keep is not None and Path(path).exists():
-            os.replace(path, keep)
+        if backup is not None and Path(path).exists():
+            os.replace(path, backup)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def write_csv(rows: list[dict], path: str | Path) -> None:
-    """Write at least one row, all of the same keys, as CSV."""
+    """Write at least one row, all with the same keys, as CSV."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, rows[0])
     writer.writeheader()
@@ -189,6 +328,13 @@ def write_csv(rows: list[dict], path: str | Path) -> None:
 
 
 def save_weights(model: nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
-    """Write the state dict as safetensors, with the metadata."""
+    """Write the state dict and the metadata as safetensors."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     write_file(path, save(state, metadata))
+
+
+def save_figure(figure, path: str | Path, dpi: int = 150) -> None:
+    """Write a matplotlib figure as PNG."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=dpi)
+    write_file(path, content.getvalue())

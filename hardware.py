@@ -1,5 +1,6 @@
-"""What makes a step fast on the machine at hand."""
+"""What the machine at hand is good at: precision, compilation, CUDA graphs, memory. For any image model."""
 
+import contextlib
 import copy
 import ctypes
 import functools
@@ -7,137 +8,199 @@ import logging
 import sys
 import time
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import distributed, nn
 
+Network = Callable[[torch.Tensor], torch.Tensor]  # images (B, C, H, W) to logits (B, classes)
+Step = Callable[..., torch.Tensor]  # learns from a batch (images, targets, ...); returns its logits
+
+
+# ---------------------------------------------------------------- precision
+
 
 @functools.cache
 def precision(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware is faster with it, else float32: by GPU generation, by a measurement on a CPU.
+    """bfloat16 if the hardware is faster with it, else float32.
 
-    Some processors list the bfloat16 instructions and run them no faster than float32: only the clock knows.
+    A GPU is judged by its generation. A CPU is timed, because some list the bfloat16 instructions and
+    run them no faster than float32.
     """
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+        capable = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        capable = cpu_is_fast_in_bfloat16()
+    return torch.bfloat16 if capable else torch.float32
 
-    matrices = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
-    rounds, end = [], time.perf_counter() + 0.1
-    # In turn: what else the machine does for a moment shall not decide. At least three: the first one warms up.
-    while len(rounds) < 3 or time.perf_counter() < end:
-        rounds.append([timeit.timeit(lambda: matrix @ matrix, number=1) for matrix in matrices])
-    low, full = map(min, zip(*rounds))
-    # A clear difference, as it is where there is one: two runs on one machine shall not choose differently.
-    faster = torch.tensor(low < 0.7 * full)
-    if distributed.is_initialized():  # nor two processes of one run
+
+def cpu_is_fast_in_bfloat16() -> bool:
+    """Whether a matrix product takes less than 0.7 of float32's time; rank 0's answer in every process."""
+    half, full = (torch.ones(512, 512, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    half_seconds, full_seconds = [], []
+    end = time.perf_counter() + 0.1
+    # The two take turns, so that a busy moment of the machine slows both. The first round warms up.
+    while len(full_seconds) < 3 or time.perf_counter() < end:
+        half_seconds.append(timeit.timeit(lambda: half @ half, number=1))
+        full_seconds.append(timeit.timeit(lambda: full @ full, number=1))
+    # If there is a difference, it is large. The margin keeps two runs on one machine from disagreeing.
+    faster = torch.tensor(min(half_seconds) < 0.7 * min(full_seconds))
+    if distributed.is_initialized():
         distributed.broadcast(faster, 0)
-    return torch.bfloat16 if faster else torch.float32
+    return bool(faster)
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """The context in which this module runs every model: mixed precision where `precision` finds the hardware for it."""
+    """The context in which every model runs here: mixed precision if `precision` says so."""
     dtype = precision(device)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def forward(model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-    """Logits (N, C) in float32 at least, computed in the device's best precision, channels last."""
+def forward(network: Network, images: torch.Tensor) -> torch.Tensor:
+    """Logits (B, classes) in float32, or float64 from a float64 network; computed in mixed precision."""
     with autocast(images.device):
-        logits = model(images.contiguous(memory_format=torch.channels_last))
+        logits = network(images.contiguous(memory_format=torch.channels_last))
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def compiled(model: nn.Module, images: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The model as `torch.compile` makes it for batches like this one; itself where the compiler fails, in a line.
+# ---------------------------------------------------------------- testing
 
-    In training mode the failure may come as late as the first backward pass, so one is tried; the model and the random
-    state stay as they were. In evaluation mode the result is for use without gradients. Batches of another shape, the
-    last one of an epoch, run uncompiled: a compilation takes longer.
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, the whole model is in evaluation mode. Afterwards each module has its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def split_for_cache(images: torch.Tensor) -> Sequence[torch.Tensor]:
+    """A test batch in the parts that run fastest: 100 images on a CPU, to fit its cache; else the whole."""
+    return images.split(100) if images.device.type == "cpu" else [images]
+
+
+# ---------------------------------------------------------------- speed
+
+
+def compiled(model: nn.Module, images: torch.Tensor) -> Network:
+    """The model, compiled for batches of this shape. Other shapes run uncompiled.
+
+    If compilation fails, prints why and returns the model itself. A failure may appear as late as the
+    first backward pass, so one is tried here. The model and the random state stay as they were. A model
+    in evaluation mode is compiled for use without gradients.
     """
-    # Where a CUDA compiler is installed and no GPU, this logger warns of what nobody asked for.
+    # Without a GPU but with a CUDA compiler, this logger warns of things that nobody asked for.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     state = copy.deepcopy(model.state_dict())
     fast = torch.compile(model, dynamic=False)
+    gpus = [images.device] if images.is_cuda else []
     start = time.perf_counter()
     try:
-        with torch.random.fork_rng([images.device] if images.is_cuda else []), torch.set_grad_enabled(model.training):
+        with torch.random.fork_rng(gpus), torch.set_grad_enabled(model.training):
             logits = forward(fast, images)
             if model.training:
                 logits.sum().backward()
-    except Exception as error:  # whatever a compiler may raise: there is a way on
-        print(f"torch.compile fails here ({type(error).__name__}): going on without it")
+    except Exception as error:  # a compiler may raise anything, and the run does not depend on it
+        print(f"torch.compile fails here ({type(error).__name__}): continuing without it")
         return model
     finally:
         model.load_state_dict(state)
         model.zero_grad()
-    print(f"torch.compile took {time.perf_counter() - start:.0f} s for the {'training' if model.training else 'test'} step")
+    kind = "training" if model.training else "test"
+    print(f"torch.compile took {time.perf_counter() - start:.0f} s for the {kind} step")
     return lambda batch: fast(batch) if batch.shape == images.shape else model(batch)
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors for the next ones, in place of giving it back to the system.
+class GraphedStep:
+    """A training step on a GPU as a CUDA graph: one call in place of a thousand kernel launches.
 
-    A step on the CPU frees and takes hundreds of megabytes; else the system maps and zeroes them anew in every step.
-    Elsewhere than on Linux with glibc nothing happens.
+    Three batches run normally, the fourth is recorded, later ones replay the recording with the learning
+    rates of the moment. The model must do the same operations for every batch. A batch of another shape
+    runs normally, and so does a step after a change of another optimizer option. If recording fails,
+    a line says why and everything runs normally.
     """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for any block
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes
 
+    def __init__(self, step: Step, optimizer: torch.optim.Optimizer):
+        self.step = step
+        self.optimizer = optimizer
+        self.calls = 0
+        self.graph = None
+        self.device = optimizer.param_groups[0]["params"][0].device
+        self.stream = torch.cuda.Stream(self.device)
+        self.rates = [torch.zeros((), device=self.device) for _ in optimizer.param_groups]
 
-def replayed(step: Callable[..., torch.Tensor], optimizer: torch.optim.Optimizer) -> Callable[..., torch.Tensor]:
-    """A `gradient_step` on a GPU as a CUDA graph: one call in place of a thousand, which take longer than what they ask for.
-
-    Three batches run as they are, the next one's operations are recorded and from then on repeated, with the learning
-    rates of the moment: for models that do the same with every batch. What differs from the recorded batch in shape, or
-    in the optimizer's other options, runs as it is; so does everything where recording fails, and a line says why.
-    """
-    device = optimizer.param_groups[0]["params"][0].device
-    stream, seen, own, recorded, graph, logits = torch.cuda.Stream(device), 0, None, None, None, None
-    rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
-
-    def options() -> list[dict]:
-        return [{key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups]
-
-    def record(*batch: torch.Tensor) -> None:
-        nonlocal own, recorded, graph, logits
-        state = [value for values in optimizer.state.values() for value in values.values() if value is not None]
-        if not all(isinstance(value, torch.Tensor) and value.is_cuda for value in state):
-            raise RuntimeError(f"{type(optimizer).__name__} keeps numbers outside the GPU")
-        own, recorded = [batch[0].clone(memory_format=torch.channels_last), *(part.clone() for part in batch[1:])], options()
-        floats, new = [group["lr"] for group in optimizer.param_groups], torch.cuda.CUDAGraph()
-        try:
-            for group, rate in zip(optimizer.param_groups, rates):
-                group["lr"] = rate
-            with torch.cuda.graph(new, stream=stream):
-                logits = step(*own)
-        finally:
-            for group, rate in zip(optimizer.param_groups, floats):
-                group["lr"] = rate
-        graph = new
-
-    def replay(*batch: torch.Tensor) -> torch.Tensor:
-        nonlocal seen
-        seen += 1
-        if seen < 4:  # beside the current stream, as the recording will be
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):
-                result = step(*batch)
-            torch.cuda.current_stream(device).wait_stream(stream)
-            return result
-        if seen == 4:
+    def __call__(self, *batch: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls < 4:
+            return self.warm_up(*batch)
+        if self.calls == 4:
             try:
-                record(*batch)
-            except Exception as error:  # whatever a model may do that cannot be recorded
-                print(f"a CUDA graph cannot be recorded here ({type(error).__name__}: {error}): going on without it")
-        if graph is None or [part.shape for part in batch] != [part.shape for part in own] or options() != recorded:
-            return step(*batch)
-        for group, rate in zip(optimizer.param_groups, rates):
-            rate.fill_(group["lr"])
-        for place, part in zip(own, batch):
-            place.copy_(part)
-        graph.replay()
+                self.record(*batch)
+            except Exception as error:  # a model may do anything that cannot be recorded
+                reason = f"{type(error).__name__}: {error}"
+                print(f"a CUDA graph cannot be recorded here ({reason}): continuing without it")
+        return self.replay(*batch) if self.matches(*batch) else self.step(*batch)
+
+    def warm_up(self, *batch: torch.Tensor) -> torch.Tensor:
+        """A normal step, on the stream that will record, as CUDA graphs require."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            logits = self.step(*batch)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
         return logits
 
-    return replay
+    def record(self, images: torch.Tensor, *others: torch.Tensor) -> None:
+        for values in self.optimizer.state.values():
+            for value in values.values():
+                if value is not None and not (isinstance(value, torch.Tensor) and value.is_cuda):
+                    raise RuntimeError(f"{type(self.optimizer).__name__} keeps numbers outside the GPU")
+        self.batch = [images.clone(memory_format=torch.channels_last), *(part.clone() for part in others)]
+        self.recorded_options = self.options()
+        graph = torch.cuda.CUDAGraph()
+        numbers = [group["lr"] for group in self.optimizer.param_groups]
+        try:
+            self.set_rates(self.rates)
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.logits = self.step(*self.batch)
+        finally:
+            self.set_rates(numbers)
+        self.graph = graph
+
+    def replay(self, *batch: torch.Tensor) -> torch.Tensor:
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            rate.fill_(group["lr"])
+        for place, part in zip(self.batch, batch):
+            place.copy_(part)
+        self.graph.replay()
+        return self.logits
+
+    def matches(self, *batch: torch.Tensor) -> bool:
+        """Whether the recording is of batches and options like these."""
+        if self.graph is None or self.options() != self.recorded_options:
+            return False
+        return [part.shape for part in batch] == [part.shape for part in self.batch]
+
+    def options(self) -> list[dict]:
+        """The optimizer's options, without the learning rates, which may change."""
+        skipped = ("params", "lr")
+        groups = self.optimizer.param_groups
+        return [{key: value for key, value in group.items() if key not in skipped} for group in groups]
+
+    def set_rates(self, rates: list) -> None:
+        for group, rate in zip(self.optimizer.param_groups, rates):
+            group["lr"] = rate
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for the next tensors instead of giving it back to the system.
+
+    A training step on the CPU frees and takes hundreds of megabytes, and mapping them again takes time.
+    Does nothing on other systems than Linux with glibc.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: never map a block by itself
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in bytes

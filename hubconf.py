@@ -1,4 +1,4 @@
-"""`torch.hub.load("OWNER/REPOSITORY", "net", pretrained=True)`; with source="local", a path instead."""
+"""For `torch.hub.load("OWNER/REPOSITORY", "net", pretrained=True)`, or a path with `source="local"`."""
 
 import importlib.util
 import os
@@ -6,21 +6,22 @@ import sys
 
 dependencies = ["torch", "safetensors"]
 
-# model.py under a name of its own: the project that calls torch.hub may have a model.py, too.
-NAME, FILE = "cifar10_model", os.path.join(os.path.dirname(os.path.abspath(__file__)), "model.py")
+# model.py gets another name, because the project that calls torch.hub may also have a model.py.
+NAME = "cifar10_model"
+FILE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "model.py")
 
 
 def net(pretrained: bool = False, **kwargs):
     """The CIFAR-10 classifier of model.py: images (N, 3, H, W), normalised, to logits (N, 10).
 
     Args:
-        pretrained: with the weights of the recorded run, in evaluation mode; else fresh ones.
-        kwargs: those of `Net.from_pretrained`, or else of `Net`.
+        pretrained: True gives the weights of the recorded run, in evaluation mode; False random weights.
+        kwargs: arguments of `Net.from_pretrained` if pretrained, else of `Net`.
     """
     if getattr(sys.modules.get(NAME), "__file__", None) != FILE:
         spec = importlib.util.spec_from_file_location(NAME, FILE)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        sys.modules[NAME] = module  # where pickle looks for the class
+        sys.modules[NAME] = module  # pickle looks for the class here
     Net = sys.modules[NAME].Net
     return Net.from_pretrained(**kwargs) if pretrained else Net(**kwargs)

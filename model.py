@@ -1,10 +1,14 @@
 """Net: a CIFAR-10 classifier of 193,535 parameters, without pooling between its layers.
 
-Every stage is four blocks in turn: a depthwise-separable convolution (depthwise 3x3, then pointwise
-1x1), two 3x3 convolutions with dilation 2, and a 3x3 convolution that halves the map with stride 2
-(in the last stage stride 1, which keeps it). Each block ends in ReLU, batch norm and dropout, in that order. No convolution
-has a bias: the batch norms carry the offsets. Each but the classifier begins with twice the identity added to torch's
-random weights.
+Each stage has four blocks:
+
+1. separable: a depthwise 3x3 convolution, then a pointwise 1x1 convolution
+2. dilated1: a 3x3 convolution with dilation 2
+3. dilated2: the same again
+4. transition: a 3x3 convolution with stride 2, which halves the map; stride 1 in the last stage
+
+Each block ends in ReLU, batch norm and dropout, in that order. The convolutions have no biases, because the
+batch norms add them.
 
     stage   channels   map in    map out   parameters   receptive field at its end
     1       3 -> 32    32 x 32   16 x 16       28,027     13 px
@@ -15,13 +19,14 @@ random weights.
 
 The receptive field counts the dilation: rf_out = rf_in + (kernel - 1) * dilation * jump_in.
 
-This file needs torch and nothing else, and safetensors where weights are loaded: copy it into another experiment and
-it works; for the trained weights copy net.safetensors too: `Net.from_pretrained("net.safetensors")`.
+This file stands alone: copy it into another experiment and it works. It needs torch, and safetensors to load
+weights. For the trained weights, copy net.safetensors too: `Net.from_pretrained("net.safetensors")`.
 
-Depthwise-separable convolution: Howard et al. 2017, MobileNets, arXiv:1704.04861.
-Dilated convolution: Yu and Koltun 2016, arXiv:1511.07122.
-Strides in place of pooling: Springenberg et al. 2015, arXiv:1412.6806.
-Filters that begin with the identity in them: Zagoruyko and Komodakis 2017, DiracNets, arXiv:1706.00388.
+Papers:
+    Depthwise-separable convolutions: Howard et al. 2017, MobileNets, arXiv:1704.04861.
+    Dilated convolutions: Yu and Koltun 2016, arXiv:1511.07122.
+    Strides instead of pooling: Springenberg et al. 2015, arXiv:1412.6806.
+    Weights that start near the identity: Zagoruyko and Komodakis 2017, DiracNets, arXiv:1706.00388.
 """
 
 from collections import OrderedDict
@@ -34,30 +39,12 @@ WIDTHS = (32, 40, 44, 48)
 WEIGHTS = Path(__file__).resolve().parent / "assets" / "net.safetensors"
 
 
-class Dropout(nn.Dropout):
-    """`nn.Dropout` with a mask that is cheap on the CPU too, where torch draws it on one core, a number an activation.
-
-    Four activations share the 64 bits of a random number, so p is rounded to a multiple of 1 / 65,536.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dropped = round(self.p * 65536)
-        if not self.training or not 0 < dropped < 65536 or x.device.type != "cpu":
-            return super().forward(x)
-        if not x.is_contiguous() and not (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
-            return super().forward(x)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        kept = bits[: x.numel()] >= dropped - 32768
-        # In the order in which x lies in memory: contiguous or channels-last.
-        return x * kept.as_strided(x.shape, x.stride()) * (65536 / (65536 - dropped))
-
-
 def convolution(inputs: int, outputs: int, kernel_size: int, **kwargs) -> nn.Conv2d:
-    """A convolution that keeps the map's size at stride 1, without bias; torch's random weights, and twice the identity added.
+    """A convolution without bias that keeps the map's size at stride 1.
 
-    Twenty convolutions follow one another without a way around them, and each adds to the rounding errors of those
-    before it: of a first batch of 100 images the gradients in bfloat16 are over 40 % off those in float64 with random
-    weights alone, under 20 % with the identity (median over the layers; tests/test_model.py measures it).
+    Its weights start as torch's random weights plus twice the identity. Rounding errors grow from one
+    convolution to the next, because no shortcut bypasses them. The identity at least halves the error of the
+    first gradients in bfloat16; tests/test_model.py measures it.
     """
     padding = kwargs.get("dilation", 1) * (kernel_size // 2)
     conv = nn.Conv2d(inputs, outputs, kernel_size, padding=padding, bias=False, **kwargs)
@@ -67,37 +54,40 @@ def convolution(inputs: int, outputs: int, kernel_size: int, **kwargs) -> nn.Con
 
 
 def block(dropout: float, **convolutions: nn.Conv2d) -> nn.Sequential:
-    """The named convolutions in turn, then ReLU, batch norm and dropout on the last one's output."""
-    channels = list(convolutions.values())[-1].out_channels
-    return nn.Sequential(OrderedDict(**convolutions, relu=nn.ReLU(inplace=True), norm=nn.BatchNorm2d(channels), dropout=Dropout(dropout)))
+    """The named convolutions one after another, then ReLU, batch norm and dropout."""
+    *_, last = convolutions.values()
+    layers = OrderedDict(convolutions)
+    layers["relu"] = nn.ReLU(inplace=True)
+    layers["norm"] = nn.BatchNorm2d(last.out_channels)
+    layers["dropout"] = nn.Dropout(dropout)
+    return nn.Sequential(layers)
 
 
 def stage(in_channels: int, channels: int, stride: int, dropout: float) -> nn.Sequential:
-    """One row of the table above: (N, in_channels, H, W) to (N, channels, ceil(H / stride), ceil(W / stride))."""
-    return nn.Sequential(
-        OrderedDict(
-            separable=block(
-                dropout,
-                depthwise=convolution(in_channels, in_channels, 3, groups=in_channels),
-                pointwise=convolution(in_channels, channels, 1),
-            ),
-            dilated1=block(dropout, conv=convolution(channels, channels, 3, dilation=2)),
-            dilated2=block(dropout, conv=convolution(channels, channels, 3, dilation=2)),
-            transition=block(dropout, conv=convolution(channels, channels, 3, stride=stride)),
-        )
-    )
+    """The four blocks: (N, in_channels, H, W) to (N, channels, ceil(H / stride), ceil(W / stride))."""
+    depthwise = convolution(in_channels, in_channels, 3, groups=in_channels)
+    pointwise = convolution(in_channels, channels, 1)
+    blocks = OrderedDict()
+    blocks["separable"] = block(dropout, depthwise=depthwise, pointwise=pointwise)
+    blocks["dilated1"] = block(dropout, conv=convolution(channels, channels, 3, dilation=2))
+    blocks["dilated2"] = block(dropout, conv=convolution(channels, channels, 3, dilation=2))
+    blocks["transition"] = block(dropout, conv=convolution(channels, channels, 3, stride=stride))
+    return nn.Sequential(blocks)
 
 
 class Net(nn.Module):
-    """Images (N, in_channels, H, W), normalised float, H and W at least 32, to logits (N, num_classes).
+    """Classifies images: float (N, in_channels, H, W), normalised, to logits (N, num_classes).
 
-    The trained weights expect RGB in [0, 1], minus the mean and divided by the standard deviation in their metadata.
+    H and W are at least 32. The trained weights expect RGB in [0, 1], normalised by the mean and the
+    standard deviation in their metadata.
 
     Args:
-        num_classes: classes to tell apart.
-        in_channels: 3 for colour, 1 for grey, any other number for other sensors.
-        dropout: probability of zeroing an activation while training, in [0, 1); 0 costs nothing.
-            `nn.Dropout` raises ValueError outside [0, 1].
+        num_classes: number of classes.
+        in_channels: 3 for colour, 1 for grey, or any other number.
+        dropout: probability in [0, 1) that an activation is zeroed in training.
+
+    Raises:
+        ValueError: dropout is outside [0, 1].
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3, dropout: float = 0.0):
@@ -112,57 +102,75 @@ class Net(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path = WEIGHTS, dropout: float = 0.0) -> "Net":
-        """The network with the weights in a safetensors file, by default those trained here, in evaluation mode.
+        """The network with the weights of a safetensors file, in evaluation mode.
 
-        `num_classes` and `in_channels` follow from the file; what it tells of itself is in `metadata`, a dict of
-        texts: the classes, mean and std that it was trained with, and its test accuracy in percent.
-        Raises FileNotFoundError, what safetensors raises for another kind of file, and RuntimeError, naming the keys,
-        for another network's weights.
+        The default file holds the weights that were trained here. `num_classes` and `in_channels` follow
+        from the shapes in the file. `metadata`, a dict of texts, becomes an attribute of the network. Ours
+        names the classes, the mean and std of the training images, and the test accuracy in percent.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            RuntimeError: the weights are those of another network; the message names the keys.
+            safetensors.SafetensorError: the file is of another kind.
         """
-        from safetensors import safe_open  # here, so that who loads no weights needs torch alone
+        from safetensors import safe_open  # here, so that a network without saved weights needs only torch
 
         with safe_open(path, "pt") as file:
-            state, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-        shape = {key: tuple(value.shape) for key, value in state.items()}
-        classes, channels = (shape.get(key, (10,))[0] for key in ("classifier.weight", "stage1.separable.depthwise.weight"))
-        net = cls(classes, channels, dropout)
+            names = file.keys()
+            state = {name: file.get_tensor(name) for name in names}
+            metadata = file.metadata() or {}
+        num_classes, in_channels = 10, 3  # for another network's weights: load_state_dict names the keys
+        if "classifier.weight" in state:
+            num_classes = len(state["classifier.weight"])
+        if "stage1.separable.depthwise.weight" in state:
+            in_channels = len(state["stage1.separable.depthwise.weight"])
+        net = cls(num_classes, in_channels, dropout)
         net.load_state_dict(state)
         net.metadata = metadata
         return net.eval()
 
     def reset_classifier(self, num_classes: int) -> None:
-        """A new last layer, for that many classes, on the device and in the dtype of the rest; the rest stays."""
-        like = self.norm.weight
-        self.classifier = nn.Conv2d(WIDTHS[3], num_classes, 1, bias=False, device=like.device, dtype=like.dtype)
+        """Replaces the last layer by a new one for `num_classes` classes; device and dtype stay."""
+        place = {"device": self.norm.weight.device, "dtype": self.norm.weight.dtype}
+        self.classifier = nn.Conv2d(WIDTHS[3], num_classes, 1, bias=False, **place)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (N, in_channels, H, W) to pooled features (N, 48), before the last batch norm."""
-        x = self.stage4(self.stage3(self.stage2(self.stage1(x))))
+        x = self.stage1(x)
+        x = self.stage2(x)
+        x = self.stage3(x)
+        x = self.stage4(x)
         return self.pool(x).flatten(1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (N, in_channels, H, W) to logits (N, num_classes); softmax makes them probabilities."""
+        """Images (N, in_channels, H, W) to logits (N, num_classes); their softmax gives probabilities."""
         x = self.features(x)[:, :, None, None]
         return self.classifier(self.norm(x)).flatten(1)
 
 
 class Teacher(nn.Module):
-    """A larger network for `Net` to learn from: images (N, 3, H, W), normalised float, H and W at least 9, to logits (N, num_classes).
+    """A larger network that teaches `Net`: images (N, 3, H, W), normalised, to logits (N, num_classes).
 
-    Three groups of two convolutions, as airbench has them (K. Jordan 2024, arXiv:2404.00498); 1,161,808 parameters for ten
-    classes. Its first layer stays as it is: the filters (F, 3, 2, 2) that it is given, such as `whitening` finds.
+    H and W are at least 9. It has three groups of two convolutions, like airbench (K. Jordan 2024,
+    arXiv:2404.00498), and 1,161,808 parameters for ten classes. The first layer is not trained.
+
+    Args:
+        filters: float (F, 3, 2, 2), the weights of the first layer; `whitening` gives good ones.
+        num_classes: number of classes.
     """
 
     def __init__(self, filters: torch.Tensor, num_classes: int = 10):
         super().__init__()
         first = nn.Conv2d(3, len(filters), 2, bias=False).requires_grad_(False)
         first.weight.copy_(filters)
-        layers, channels = [first, nn.BatchNorm2d(len(filters)), nn.GELU()], len(filters)
+        layers = [first, nn.BatchNorm2d(len(filters)), nn.GELU()]
+        channels = len(filters)
         for width in (64, 128, 256):
             layers += [convolution(channels, width, 3), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.GELU()]
             layers += [convolution(width, width, 3), nn.BatchNorm2d(width), nn.GELU()]
             channels = width
-        self.features = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.BatchNorm2d(channels), nn.Flatten())
+        layers += [nn.AdaptiveMaxPool2d(1), nn.BatchNorm2d(channels), nn.Flatten()]
+        self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(channels, num_classes, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -171,9 +179,10 @@ class Teacher(nn.Module):
 
 
 def whitening(images: torch.Tensor) -> torch.Tensor:
-    """Filters (24, 3, 2, 2), the second half the negative of the first, that whiten 2x2 patches of images (N, 3, H, W) like these.
+    """Filters (24, 3, 2, 2) that whiten the 2x2 patches of images (N, 3, H, W).
 
-    The answers of each half have no correlation, and variance 1 where the patches vary by much more than 5e-3.
+    The outputs of the first twelve filters are uncorrelated. Their variance is 1 in the directions in which
+    the patches vary by much more than 5e-3. The other twelve filters are the negatives of the first.
     """
     patches = nn.functional.unfold(images, 2).movedim(1, 0).flatten(1)
     variances, directions = torch.linalg.eigh(torch.cov(patches))

@@ -1,81 +1,163 @@
-"""Muon, the optimizer that trains the filter banks."""
+"""Muon, the optimizer that trains the convolutions here, and the plan of a run with it.
 
-from collections.abc import Iterable
+An ordinary optimizer steps along the momentum of the gradient. Muon first makes that momentum orthogonal:
+all its singular values become about 1, so that every direction of a filter bank moves equally far. After
+K. Jordan 2024, https://kellerjordan.github.io/posts/muon, in the form that airbench uses on CIFAR-10. There
+each filter bank is also held at the norm sqrt(filters), which is free if a batch norm follows.
+
+This file needs torch and nothing else.
+"""
+
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+A, B, C = 3.4445, -4.7750, 2.0315  # K. Jordan's coefficients of the Newton-Schulz polynomial
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps of one size in every direction: the momentum of each filter bank is made orthogonal before it is applied.
-
-    After K. Jordan's Muon (kellerjordan.github.io/posts/muon, 2024) as airbench uses it on CIFAR-10: for convolutions
-    that a batch norm follows, to which the scale of their weights does not matter, so each bank is kept at the norm
-    sqrt(filters). What else a network has, in groups with `orthogonal=False`, takes plain SGD with Nesterov momentum.
+    """Muon for convolutions; SGD with Nesterov momentum for parameter groups with `orthogonal=False`.
 
     Args:
-        groups: parameters, or dicts of params with options of their own; those of orthogonal ones have 2 dimensions or more.
-        lr: the step, as a share of the weights for orthogonal groups.
+        params: parameters or groups. Those of an orthogonal group need two dimensions or more.
+        lr: the length of a step; in orthogonal groups as a share of the weights' norm.
         momentum: in [0, 1).
-        weight_decay: this share of the weights is added to the gradient; leave it 0 for orthogonal groups.
+        weight_decay: the usual L2 term. Leave it at 0 in orthogonal groups, whose norm is fixed.
 
-    Raises ValueError for an orthogonal group that holds a vector or a number.
+    Raises:
+        ValueError: an orthogonal group holds a vector or a number.
     """
 
-    def __init__(self, groups: Iterable, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, orthogonal: bool = True):
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "orthogonal": orthogonal})
-        if any(p.ndim < 2 for group in self.param_groups if group["orthogonal"] for p in group["params"]):
-            raise ValueError("expected 2 dimensions or more, found a vector: put it into a group with orthogonal=False")
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        orthogonal: bool = True,
+    ):
+        options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "orthogonal": orthogonal}
+        super().__init__(params, options)
+
+    def add_param_group(self, group: dict) -> None:
+        super().add_param_group(group)
+        added = self.param_groups[-1]
+        if added["orthogonal"] and any(p.ndim < 2 for p in added["params"]):
+            self.param_groups.pop()
+            raise ValueError(
+                "expected 2 dimensions or more, found a vector: put it into a group with orthogonal=False"
+            )
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+        """One step for every parameter with a gradient. Returns the loss of the closure, if one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
-            if not (parameters := [p for p in group["params"] if p.grad is not None]):
-                continue
-            for p in parameters:
-                momentum = self.state[p].get("momentum")
-                self.state[p]["momentum"] = torch.zeros_like(p) if momentum is None else laid_out_like(p, momentum)
-            weights = [matrix(p) for p in parameters]
-            momenta = [matrix(self.state[p]["momentum"]) for p in parameters]
-            gradients = [matrix(laid_out_like(p, p.grad)) for p in parameters]
-            # Lists at once: on a GPU each call costs time.
-            gradients = torch._foreach_add(gradients, weights, alpha=group["weight_decay"])
-            torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_add_(momenta, gradients)
-            updates = torch._foreach_add(gradients, momenta, alpha=group["momentum"])
-            if group["orthogonal"]:
-                updates = orthogonal(updates)
-                torch._foreach_div_(weights, torch._foreach_norm(weights))
-                torch._foreach_mul_(weights, [len(p) ** 0.5 for p in parameters])
-            torch._foreach_mul_(updates, group["lr"])
-            torch._foreach_sub_(weights, updates)
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self.step_group(params, group)
+        return loss
+
+    def step_group(self, params: list[torch.Tensor], group: dict) -> None:
+        for p in params:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum"] for p in params]
+        # The foreach functions take all parameters in one call. On a GPU calls cost more than arithmetic.
+        grads = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, grads)
+        updates = torch._foreach_add(grads, buffers, alpha=group["momentum"])  # Nesterov
+        if group["orthogonal"]:
+            updates = orthogonalize(updates)
+            fix_norms(params)
+        torch._foreach_mul_(updates, group["lr"])
+        torch._foreach_sub_(params, updates)
 
 
-def laid_out_like(p: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, in the order in which p lies in memory."""
-    return tensor if tensor.stride() == p.stride() else torch.empty_like(p).copy_(tensor)
-
-
-def matrix(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous or channels-last tensor as (first dimension, the others as they lie in memory), without a copy."""
-    tensor = tensor if tensor.is_contiguous() else tensor.movedim(1, -1)
-    return tensor.view(len(tensor), -1) if tensor.ndim > 1 else tensor.view(1, -1)
-
-
-def orthogonal(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Each with all its singular values brought near 1, by Newton-Schulz steps."""
-    result, together = list(matrices), {}
-    for i, one in enumerate(matrices):  # each call costs a GPU more than the zeros that make all one size
-        together.setdefault(None if one.is_cuda else one.shape, []).append(i)
-    for places in together.values():
-        rows, columns = (max(matrices[i].shape[side] for i in places) for side in (0, 1))
-        x = matrices[0].new_zeros(len(places), rows, columns)
-        parts = [part[: len(matrices[i]), : matrices[i].shape[1]] for i, part in zip(places, x)]
-        torch._foreach_copy_(parts, [matrices[i] for i in places])
-        x /= x.norm(dim=(1, 2), keepdim=True) + 1e-7
-        for _ in range(5):
+def orthogonalize(updates: list[torch.Tensor], steps: int = 5) -> list[torch.Tensor]:
+    """Each update with its singular values brought near 1, as a matrix (filters, everything else)."""
+    result = list(updates)
+    for shape in dict.fromkeys(update.shape for update in updates):
+        places = [i for i, update in enumerate(updates) if update.shape == shape]
+        x = torch.stack([updates[i].flatten(1) for i in places])  # (banks of this shape, filters, rest)
+        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # Newton-Schulz needs singular values up to 1
+        for _ in range(steps):
             square = x @ x.mT
-            polynomial = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)  # K. Jordan's coefficients
-            x = torch.baddbmm(x, polynomial, x, beta=3.4445)
-        for i, part in zip(places, x):
-            result[i] = part[: len(matrices[i]), : matrices[i].shape[1]].contiguous()
+            x = A * x + (B * square + C * square @ square) @ x
+        for i, matrix in zip(places, x):
+            result[i] = matrix.view(shape)
     return result
+
+
+def fix_norms(params: list[torch.Tensor]) -> None:
+    """Scale each filter bank to the norm sqrt(filters). A bank of zeros stays as it is."""
+    norms = torch._foreach_norm(params)
+    torch._foreach_clamp_min_(norms, 1e-12)
+    torch._foreach_div_(params, norms)
+    torch._foreach_mul_(params, [len(p) ** 0.5 for p in params])
+
+
+# ---------------------------------------------------------------- the plan of a run
+
+
+def parameter_groups(network: nn.Module) -> tuple[list, list, list]:
+    """The trained parameters of a `Net` or a `Teacher`: (filter banks, other filters, norms).
+
+    The banks are what Muon is for: 98 % of the parameters. A depthwise filter has one input, and the
+    classifier has no batch norm behind it, so both are trained with SGD, like the batch norms.
+    """
+    banks, filters, norms = [], [], []
+    for name, p in network.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p.ndim == 1:
+            norms.append(p)
+        elif "depthwise" in name or "classifier" in name:
+            filters.append(p)
+        else:
+            banks.append(p)
+    return banks, filters, norms
+
+
+def one_cycle(share: float, warm_up: float = 0.2) -> float:
+    """The learning rate as a share of its peak: linear from 0.04 to 1 in the warm-up, then to 0.
+
+    Both shares are in [0, 1]: of the run that is over, and of the run that is warm-up.
+    """
+    if share < warm_up:
+        return 0.04 + 0.96 * share / warm_up
+    return (1 - share) / (1 - warm_up)
+
+
+def plan(
+    network: nn.Module,
+    steps: int,
+    *,
+    learning_rate: float = 0.015,
+    sgd_learning_rate: float = 0.2,
+    weight_decay: float = 5e-4,
+    warm_up: float = 0.2,
+) -> tuple[Muon, LambdaLR]:
+    """The optimizer and the schedule of a run with this many steps.
+
+    Args:
+        learning_rate: the peak for the filter banks, which Muon trains.
+        sgd_learning_rate: the peak for all other parameters, which SGD trains.
+        weight_decay: on depthwise filters and the classifier only.
+        warm_up: the share of the run in which the learning rates rise.
+    """
+    banks, filters, norms = parameter_groups(network)
+    sgd = {"lr": sgd_learning_rate, "momentum": 0.9, "orthogonal": False}
+    groups = [
+        {"params": banks},
+        {"params": filters, "weight_decay": weight_decay, **sgd},
+        {"params": norms, **sgd},
+    ]
+    optimizer = Muon(groups, lr=learning_rate)
+    return optimizer, LambdaLR(optimizer, lambda step: one_cycle(step / steps, warm_up))

@@ -1,8 +1,7 @@
-"""Name what is in pictures, files or folders of them: airplane, automobile, bird, cat, deer, dog, frog, horse, ship or
-truck, whatever else a picture may show.
+"""Names what pictures show: airplane, automobile, bird, cat, deer, dog, frog, horse, ship or truck.
 
-The exit status is 0 where every picture was predicted, 1 where one could not be (why is on standard error), 2 for a
-call that makes no sense.
+Anything else gets the name that fits best. The exit status is 0 if every picture was predicted. It is 1 if a
+picture could not be read; standard error says why. It is 2 if the call is wrong.
 """
 
 import argparse
@@ -15,63 +14,96 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from checkpoint import write_file
 from dataset import CLASSES, SUFFIXES, read_image, test_transform
 from model import Net
-from checkpoint import write_file
 from utils import predict
 
-BATCH = 256
+BATCH = 256  # pictures in memory
 
 
 def files_in(paths: list[Path]) -> list[Path]:
-    """The files as they are named, and of folders, and the folders in them, the pictures by name."""
+    """The files in the order of `paths`. A folder stands for all pictures in it and its folders, by name."""
+    files = []
+    for path in paths:
+        if path.is_dir():
+            candidates = sorted(path.rglob("*"))
+            files += [file for file in candidates if file.suffix.lower() in SUFFIXES and file.is_file()]
+        else:
+            files.append(path)
+    return files
 
-    def pictures(folder: Path) -> list[Path]:
-        return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
-    return [file for path in paths for file in (pictures(path) if path.is_dir() else [path])]
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Path]]:
+    """The options and the files to predict. A wrong call exits with status 2."""
+    description, epilog = __doc__.split("\n\n")
+    parser = argparse.ArgumentParser(description=description, epilog=epilog)
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="PNG, JPEG, GIF, WebP, BMP, TIFF or PPM"
+    )
+    ranks = range(1, len(CLASSES) + 1)
+    parser.add_argument(
+        "--top", type=int, default=3, metavar="K", choices=ranks, help="classes a picture (3)"
+    )
+    columns = "file, class1, probability1, class2, ..."
+    parser.add_argument("--csv", type=Path, metavar="OUT", help=f"write a table instead: {columns}")
+    options = parser.parse_args(argv)
 
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1])
-    parser.add_argument("paths", nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="PNG, JPEG, GIF, WebP, BMP, TIFF or PPM")
-    parser.add_argument("--top", type=int, default=3, metavar="K", choices=range(1, len(CLASSES) + 1), help="classes a picture (3)")
-    parser.add_argument("--csv", type=Path, metavar="OUT", help="write file, class1, probability1, class2, ... there")
-    given = parser.parse_args()
-    files = files_in(given.paths)
+    files = files_in(options.paths)
     if not files:
-        parser.error(f"expected pictures, found none in {', '.join(map(str, given.paths))}")
-    if given.csv and not given.csv.parent.is_dir():
-        parser.error(f"expected a folder for {given.csv}, found none: make {given.csv.parent}")
-    if given.csv and (given.csv.is_dir() or not os.access(given.csv.parent, os.W_OK)):
-        parser.error(f"expected a file that can be written, found {given.csv}, a folder or in one that is read-only: name another")
-    sys.stdout.reconfigure(errors="surrogateescape")  # a file's name need not be text
+        parser.error(f"expected pictures, found none in {', '.join(map(str, options.paths))}")
+    if options.csv:
+        folder = options.csv.parent
+        if not folder.is_dir():
+            parser.error(f"expected a folder for {options.csv}, found none: make {folder}")
+        if options.csv.is_dir():
+            parser.error(f"expected a file for the table, found the folder {options.csv}: name another")
+        if not os.access(folder, os.W_OK):
+            parser.error(f"expected a folder that can be written, found {folder}: name another")
+    return options, files
 
+
+def table(rows: list[tuple[Path, list[tuple[str, float]]]], top: int) -> bytes:
+    """The answers as CSV. A file name that is no text keeps its bytes."""
+    header = ["file"]
+    for k in range(1, top + 1):
+        header += [f"class{k}", f"probability{k}"]
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(header)
+    for file, answer in rows:
+        cells = [cell for pair in answer for cell in pair]
+        writer.writerow([file, *cells])
+    return text.getvalue().encode(errors="surrogateescape")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Predicts the pictures named in argv, by default the command line's. Returns the exit status."""
+    options, files = parse(argv)
     net = Net.from_pretrained().to("cuda" if torch.cuda.is_available() else "cpu")
-    rows = []
+    rows = []  # (file, answer) of the pictures that could be read
     with tqdm(total=len(files), unit="picture", delay=2) as bar:
         for start in range(0, len(files), BATCH):
-            good, images = [], []
-            for file in files[start : start + BATCH]:
+            batch = files[start : start + BATCH]
+            readable, images = [], []
+            for file in batch:
                 try:
                     images.append(read_image(file))
-                    good.append(file)
+                    readable.append(file)
                 except (OSError, ValueError) as error:
                     print(error, file=sys.stderr)
-            answers = predict(net, images, test_transform(), CLASSES, given.top)
-            rows += [[file, *sum(answer, ())] for file, answer in zip(good, answers)]
-            bar.update(len(files[start : start + BATCH]))
+            rows += zip(readable, predict(net, images, test_transform(), CLASSES, options.top))
+            bar.update(len(batch))
 
-    if given.csv:
-        columns = [f"{name}{k}" for k in range(1, given.top + 1) for name in ("class", "probability")]
-        text = io.StringIO(newline="")
-        csv.writer(text).writerows([["file", *columns], *rows])
-        write_file(given.csv, text.getvalue().encode(errors="surrogateescape"))
+    if options.csv:
+        write_file(options.csv, table(rows, options.top))
     else:
-        for file, *answer in rows:
-            print(f"{file}: {', '.join(f'{name} {100 * share:.1f} %' for name, share in zip(answer[::2], answer[1::2]))}")
+        for file, answer in rows:
+            shares = [f"{name} {100 * probability:.1f} %" for name, probability in answer]
+            print(f"{file}: {', '.join(shares)}")
     return int(len(rows) < len(files))
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="surrogateescape")  # the name of a file may be no text
     sys.exit(main())

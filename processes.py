@@ -1,51 +1,118 @@
-"""Several processes that train as one."""
+"""Several training processes, started by torchrun: who this one is, and how all of them agree.
+
+Without torchrun there is one process, and every function here does the right thing for it.
+"""
 
 import atexit
+import copy
 import os
 import sys
 from collections.abc import Iterable
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 
 def join_processes() -> tuple[torch.device, int, int]:
-    """Join the processes that `torchrun` started; this one's (device, rank, number of processes).
+    """Join the processes that `torchrun` started; returns (device, rank, number of processes).
 
-    Without a launcher that is the GPU, or else the CPU, and 0 of 1. With GPUs each process takes one, and they talk
-    through NCCL; else through gloo. Only rank 0 prints from then on.
+    Without torchrun: the GPU if there is one, else the CPU, and rank 0 of 1. Each process takes its own
+    GPU and they talk through NCCL, or through gloo on CPUs. From here on only rank 0 prints.
+
+    Raises:
+        RuntimeError: more processes than GPUs.
     """
     gpu = torch.cuda.is_available()
     if not distributed.is_torchelastic_launched():
         return torch.device("cuda" if gpu else "cpu"), 0, 1
     local = int(os.environ["LOCAL_RANK"])
-    if gpu and local >= torch.cuda.device_count():
-        raise RuntimeError(f"expected a GPU for each process, found {torch.cuda.device_count()}: lower --nproc-per-node")
     if gpu:
+        gpus = torch.cuda.device_count()
+        if local >= gpus:
+            raise RuntimeError(f"expected a GPU for each process, found {gpus}: lower --nproc-per-node")
         torch.cuda.set_device(local)
     distributed.init_process_group("nccl" if gpu else "gloo")
-    if not gpu:  # a thread of gloo's that asks a Python that is ending for its lock would abort the process
-        atexit.register(lambda: distributed.is_initialized() and distributed.destroy_process_group())
+    if not gpu:
+        # A gloo thread that is alive while Python shuts down aborts the process.
+        atexit.register(leave_processes)
     if distributed.get_rank():
         sys.stdout = open(os.devnull, "w")
-    return torch.device("cuda", local) if gpu else torch.device("cpu"), distributed.get_rank(), distributed.get_world_size()
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    return device, distributed.get_rank(), distributed.get_world_size()
+
+
+def leave_processes() -> None:
+    """Stop being one of several processes."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number; 0 if it is the only one."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 @torch.no_grad()
-def agree(tensors: Iterable[torch.Tensor]) -> None:
-    """Put in the place of each floating-point tensor its mean over all processes."""
-    if not (tensors := [tensor for tensor in tensors if tensor.is_floating_point()]):
+def average_over_processes(tensors: Iterable[torch.Tensor]) -> None:
+    """Replace each floating-point tensor by its mean over all processes.
+
+    One flat message, not DistributedDataParallel: that sums in buckets, which it rearranges after the
+    first step. With three processes or more, a resumed run would round differently from one that was
+    never stopped.
+    """
+    tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
+    if not distributed.is_initialized() or not tensors:
         return
-    mean = torch.cat([tensor.flatten() for tensor in tensors])  # one message for all: the small ones cost the time
-    distributed.all_reduce(mean)
-    mean /= distributed.get_world_size()
-    for tensor, part in zip(tensors, mean.split([tensor.numel() for tensor in tensors])):
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts):
         tensor.copy_(part.view_as(tensor))
 
 
-def over_processes(*sums: torch.Tensor | int) -> list[torch.Tensor]:
-    """Each sum over all processes, exact: float64 holds any count of samples."""
-    total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=sums[0].device) for value in sums])
+def sum_over_processes(numbers: torch.Tensor) -> torch.Tensor:
+    """The sum of each number over all processes. In float64 counts of samples stay exact."""
     if distributed.is_initialized():
-        distributed.all_reduce(total)
-    return list(total)
+        distributed.all_reduce(numbers)
+    return numbers
+
+
+def from_rank_0(value):
+    """What rank 0 holds, in every process."""
+    box = [value]
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def share_weights(model: nn.Module) -> None:
+    """Give every process the weights of rank 0."""
+    if distributed.is_initialized():
+        for tensor in model.state_dict().values():
+            distributed.broadcast(tensor, 0)
+
+
+def check_same(recipe: dict[str, str]) -> None:
+    """Raise ValueError unless all processes were given the same run."""
+    if not distributed.is_initialized():
+        return
+    recipes = [None] * distributed.get_world_size()
+    distributed.all_gather_object(recipes, recipe)
+    for key in recipe:
+        if any(other.get(key) != recipe[key] for other in recipes):
+            raise ValueError(
+                f"expected one run on all processes, found several by {key!r}: "
+                "give all the same data and options"
+            )
+
+
+def synchronize_batch_norm(model: nn.Module) -> nn.Module:
+    """The same weights in a network whose batch norms see the batches of all processes. GPUs only."""
+    return nn.SyncBatchNorm.convert_sync_batchnorm(same_tensors(model))
+
+
+def same_tensors(model: nn.Module) -> nn.Module:
+    """A copy of the modules that shares all parameters and buffers with the model."""
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)

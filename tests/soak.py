@@ -1,13 +1,14 @@
-"""What can go wrong with a run, on purpose, for a while: `make soak` (20 minutes), `python soak.py MINUTES`.
+"""Faults on purpose, for twenty minutes: `make soak`. `python tests/soak.py MINUTES` takes another time.
 
-    kills      a training run in a process of its own, killed with SIGKILL at ten random moments, started again each
-               time, beside one that never was: the same weights, bit for bit, and the same history
-    downloads  a data set behind servers that fail in all the ways that servers do, and a last one that works;
-               downloads killed half-way; two at once: the published bytes, or none
-    files      PNG, JPEG, GIF and WebP files, mutated: each is predicted, or refused with ValueError, within a second
+    kills      A training run is killed at random moments and started again each time. It must end with the
+               weights and the history of a run that was never killed, bit for bit.
+    downloads  Servers fail in many ways, a download is killed, and two run at once. The published bytes must
+               arrive.
+    files      PNG, JPEG, GIF and WebP files are mutated. Each must be predicted, or refused with ValueError,
+               within a second.
 
-It prints what was tried and what survived and writes assets/soak.csv; `make test` runs two minutes of it. Each round
-has its own seed, so a failure can be had again: its line names it.
+The table says how often each fault was tried and survived. It is written to assets/soak.csv. A failure prints
+the seed of its round, so that the round can be repeated.
 """
 
 import contextlib
@@ -28,6 +29,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
 import numpy as np
 import torch
 from PIL import Image
@@ -36,174 +40,183 @@ from tqdm import tqdm
 
 import cifar10
 from batches import BatchLoader
+from checkpoint import save_weights, write_csv
 from dataset import ASSETS, CLASSES, AlbumentationsCIFAR10, test_transform, train_transform
 from model import Net
-from checkpoint import save_weights, write_csv
 from training_utils import fit
 from utils import predict, set_seed
 
-TABLE = Path("assets/soak.csv")
-FIELDS = ("part", "what", "tried", "survived")
-# Processes forked from one that has done the imports: real ones, that can be killed, in milliseconds.
+TABLE = ROOT / "assets" / "soak.csv"
+Result = tuple[str, int, int]  # a kind of fault, how often it was tried, how often it was survived
+
+# A process that has imported the slow packages forks the processes to kill, so that each starts quickly.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["soak"])
-tqdm.set_lock(threading.RLock())  # tqdm's own lock is a semaphore that a killed process leaves to the system
+PROCESSES.set_forkserver_preload(["albumentations", "safetensors.torch", "torchvision"])
+tqdm.set_lock(threading.RLock())  # tqdm's own lock is a semaphore, which a killed process never gives back
 
 
-def start(function: Callable, *args) -> multiprocessing.Process:
-    """The function in a process of its own."""
-    process = PROCESSES.Process(target=quietly, args=(function, *args), daemon=True)
+def start(function: Callable, *arguments) -> multiprocessing.Process:
+    """Start the function in a process of its own, on one thread and without its prints."""
+    process = PROCESSES.Process(target=run_quietly, args=(function, *arguments), daemon=True)
     process.start()
     return process
 
 
-def quietly(function: Callable, *args) -> None:
-    """Call it on one thread, without its prints."""
+def run_quietly(function: Callable, *arguments) -> None:
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(io.StringIO()):
-        function(*args)
+        function(*arguments)
 
 
 # ---------------------------------------------------------------- kills
 
 
-EPOCHS = 20
-
-
-def small_run(folder: Path, seed: int) -> None:
-    """A whole training run on a part of the sample, with everything in it that draws at random."""
+def small_run(folder: Path, seed: int, epochs: int) -> None:
+    """A training run on part of the sample, with everything in it that draws random numbers."""
     set_seed(seed)
     images = AlbumentationsCIFAR10(ASSETS, True, train_transform(), seed)
     tests = AlbumentationsCIFAR10(ASSETS, False, test_transform())
-    images.data, images.targets = images.data[::16], images.targets[::16]
-    tests.data, tests.targets = tests.data[::10], tests.targets[::10]
+    images.data, images.targets = images.data[::32], images.targets[::32]
+    tests.data, tests.targets = tests.data[::20], tests.targets[::20]
+    train_loader = BatchLoader(images, 25, shuffle=True)
+    test_loader = BatchLoader(tests, 25, shuffle=False)
     net = Net(dropout=0.1)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, nesterov=True)
-    loaders = BatchLoader(images, 50, shuffle=True), BatchLoader(tests, 50, shuffle=False)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=EPOCHS * len(loaders[0]))
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, epochs * len(train_loader))
     files = {"checkpoint": folder / "net.pt", "history_file": folder / "history.csv"}
-    fit(net, *loaders, optimizer, scheduler, epochs=EPOCHS, ema_decay=0.9, recipe={"seed": seed}, **files)
+    options = {"epochs": epochs, "ema_decay": 0.9, "recipe": {"seed": seed}}
+    fit(net, train_loader, test_loader, optimizer, scheduler, **options, **files)
     save_weights(net, folder / "net.safetensors", {})
 
 
-def result_of(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """The weights that a run ended with, and its history but for the seconds; nothing where it did not end."""
+def result_of(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict], float]:
+    """The weights, the history and the seconds of training; all empty if the run did not end."""
     if not (folder / "net.safetensors").exists():
-        return {}, []
+        return {}, [], 0.0
     with open(folder / "history.csv") as file:
-        history = [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
-    return load_file(folder / "net.safetensors"), history
+        history = list(csv.DictReader(file))
+    seconds = sum(float(row.pop("seconds")) for row in history)
+    return load_file(folder / "net.safetensors"), history, seconds
 
 
-def round_of_kills(seed: int, kills: int = 10) -> Counter:
-    """One run killed `kills` times, one never: how many kills there were, and how many the result survived."""
-    moments = random.Random(seed)
+def round_of_kills(seed: int, epochs: int = 20, kills: int = 10) -> list[Result]:
+    """One run is killed up to `kills` times, one never."""
+    chance = random.Random(seed)
+    start(time.sleep, 0).join()  # the first process of all waits for the slow imports
     with tempfile.TemporaryDirectory() as name:
         whole, killed = Path(name) / "whole", Path(name) / "killed"
         whole.mkdir()
         killed.mkdir()
         began = time.monotonic()
-        start(small_run, whole, seed).join()
-        seconds = time.monotonic() - began
+        start(small_run, whole, seed, epochs).join()
+        total = time.monotonic() - began
+        expected_weights, expected_history, training = result_of(whole)
+        startup = total - training
         done = 0
         while done < kills:
-            process = start(small_run, killed, seed)
-            process.join(moments.uniform(0, seconds / kills))
-            if not process.is_alive():  # this time it was faster, and is over
+            process = start(small_run, killed, seed, epochs)
+            process.join(chance.uniform(startup / 2, startup + training / kills))
+            if not process.is_alive():  # the run has ended
                 break
             process.kill()
             process.join()
             done += 1
-        start(small_run, killed, seed).join()
-        (weights, history), (expected, expected_history) = result_of(killed), result_of(whole)
-    same = weights.keys() == expected.keys() and all(torch.equal(expected[key], weights[key]) for key in expected)
-    same = same and history == expected_history and len(history) == EPOCHS
+        start(small_run, killed, seed, epochs).join()
+        weights, history, _ = result_of(killed)
+    same = len(history) == epochs and history == expected_history
+    same = same and all(torch.equal(weights[name], expected) for name, expected in expected_weights.items())
     if not same:
-        print(f"kills, round {seed}: the result differs from that of a run that was never killed")
-    return Counter({("SIGKILL while training", "tried"): done, ("SIGKILL while training", "survived"): done * same})
+        print(f"kills, round {seed}: the result differs from that of the run that was never killed")
+    return [("SIGKILL while training", done, done * same)]
 
 
 # ---------------------------------------------------------------- downloads
 
 
 def small_archive(folder: Path) -> dict:
-    """A CIFAR-10 of 3 MB, noise, as an archive in the folder, and what `dataset` has to believe for it to be the one."""
+    """Make a CIFAR-10 of 3 MB of noise, as an archive in the folder. Returns its checksums and size."""
     noise = np.random.default_rng(0)
-    batches = folder / cifar10.CIFAR10.base_folder
+    published = cifar10.CIFAR10
+    batches = folder / published.base_folder
     batches.mkdir()
-    names = [*cifar10.CIFAR10.train_list, *cifar10.CIFAR10.test_list, [cifar10.CIFAR10.meta["filename"]]]
-    for name, *_ in names:
-        (batches / name).write_bytes(noise.bytes(430_000))
-    archive = folder / cifar10.CIFAR10.filename
+    sums = {}
+    meta = published.meta["filename"]
+    for name in (*dict(published.train_list), *dict(published.test_list), meta):
+        content = noise.bytes(430_000)
+        (batches / name).write_bytes(content)
+        sums[name] = hashlib.md5(content).hexdigest()
+    archive = folder / published.filename
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(batches, batches.name)
-    sums = {name: hashlib.md5((batches / name).read_bytes()).hexdigest() for name, *_ in names}
     return {
         "tgz_md5": hashlib.md5(archive.read_bytes()).hexdigest(),
-        "train_list": [[name, sums[name]] for name, _ in cifar10.CIFAR10.train_list],
-        "test_list": [[name, sums[name]] for name, _ in cifar10.CIFAR10.test_list],
-        "meta": cifar10.CIFAR10.meta | {"md5": sums[cifar10.CIFAR10.meta["filename"]]},
+        "train_list": [[name, sums[name]] for name, _ in published.train_list],
+        "test_list": [[name, sums[name]] for name, _ in published.test_list],
+        "meta": published.meta | {"md5": sums[meta]},
         "size": archive.stat().st_size,
+        "sums": sums,
     }
 
 
-def believe(facts: dict, sources: list[str], patience: float = 0.3) -> None:
-    """Have `dataset` look for that archive, there, with that patience: in a process of its own, for it stays so."""
+def download(facts: dict, sources: list[str], root: Path) -> None:
+    """Find the small archive, with little patience. It changes `cifar10`, so it needs its own process."""
     for name in ("tgz_md5", "train_list", "test_list", "meta"):
         setattr(cifar10.CIFAR10, name, facts[name])
-    cifar10.ARCHIVE_SIZE, cifar10.SOURCES, cifar10.PATIENCE = facts["size"], tuple(sources), patience
+    cifar10.ARCHIVE_SIZE = facts["size"]
+    cifar10.SOURCES = tuple(sources)
+    cifar10.STALL_SECONDS = 0.3
     os.environ["no_proxy"] = "127.0.0.1"
+    cifar10.find_cifar10(root, "full")
 
 
-def download_it(facts: dict, sources: list[str], root: Path, log: Path) -> None:
-    """`find_cifar10` in the small world; what it printed goes to the log."""
-    believe(facts, sources)
-    with open(log, "a") as file, contextlib.redirect_stdout(file):
-        cifar10.find_cifar10(root, "full")
-
-
-class Faults(http.server.BaseHTTPRequestHandler):
-    """Serves the archive in the way that the path names: /whole, or with a fault, /stall, say."""
+class FaultyServer(http.server.BaseHTTPRequestHandler):
+    """Serves the archive in the way that the path names: /whole, or with a fault, such as /stall."""
 
     archive: bytes
     sent: Counter  # bytes by path
 
     def do_GET(self) -> None:
         fault = self.path.strip("/")
-        body, begin = self.archive, 0
         if fault in ("404", "500"):
-            return self.send_error(int(fault))
-        if fault == "redirect":
+            self.send_error(int(fault))
+        elif fault == "redirect":
             self.send_response(302)
             self.send_header("Location", "/html")
-            return self.end_headers()
-        if fault == "html":
-            body = b"<html>Please try again later.</html>"
+            self.end_headers()
+        elif fault == "html":
+            self.serve(b"<html>Please try again later.</html>", 0, "text/html")
         elif fault == "wrong":
-            body = body[:-9] + b"\0" * 9
-        elif self.headers["Range"] and fault != "noranges":
-            begin = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+            self.serve(self.archive[:-9] + bytes(9), 0)
+        elif fault == "noranges" or not self.headers["Range"]:
+            self.serve(self.archive, 0)
+        else:
+            begin = self.headers["Range"].removeprefix("bytes=").removesuffix("-")
+            self.serve(self.archive, int(begin))
+
+    def serve(self, body: bytes, begin: int, kind: str = "application/gzip") -> None:
+        fault = self.path.strip("/")
         self.send_response(206 if begin else 200)
-        self.send_header("Content-Type", "text/html" if fault == "html" else "application/gzip")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body) - begin))
         if begin:
             self.send_header("Content-Range", f"bytes {begin}-{len(body) - 1}/{len(body)}")
         self.end_headers()
-        end = begin + (len(body) - begin) // 3 if fault in ("truncated", "stall", "trickle") else len(body)
-        with contextlib.suppress(ConnectionError):
-            for place in range(begin, end, 65_536):
-                self.send(body[place : min(end, place + 65_536)])
-                if fault == "slow":
-                    time.sleep(0.02)
+        end = len(body)
+        if fault in ("truncated", "stall", "trickle"):
+            end = begin + (len(body) - begin) // 3
+        with contextlib.suppress(ConnectionError):  # the client has left
+            self.send(body[begin:end], 65_536, 0.02 if fault == "slow" else 0)
             if fault == "stall":
                 time.sleep(1.5)
-            for place in range(end, end + 40 * (fault == "trickle")):
-                self.send(body[place : place + 1])
-                time.sleep(0.05)
+            if fault == "trickle":
+                self.send(body[end : end + 40], 1, 0.05)
 
-    def send(self, part: bytes) -> None:
-        self.wfile.write(part)
-        self.sent[self.path.strip("/")] += len(part)
+    def send(self, content: bytes, size: int, pause: float) -> None:
+        for place in range(0, len(content), size):
+            part = content[place : place + size]
+            self.wfile.write(part)
+            self.sent[self.path.strip("/")] += len(part)
+            time.sleep(pause)
 
     def log_message(self, *args) -> None:
         pass
@@ -213,66 +226,63 @@ FAULTS = ("404", "500", "stall", "trickle", "truncated", "wrong", "redirect")
 
 
 @contextlib.contextmanager
-def fault_server(folder: Path) -> Iterator[tuple[dict, str, Counter]]:
-    """What to believe, the server's address, and a count of the bytes it sent by path."""
-    facts = small_archive(folder)
-    handler = type("Handler", (Faults,), {"archive": (folder / cifar10.CIFAR10.filename).read_bytes(), "sent": Counter()})
+def faulty_server(archive: Path) -> Iterator[tuple[str, Counter]]:
+    """The server's address, and how many bytes it sent by path."""
+    handler = type("Handler", (FaultyServer,), {"archive": archive.read_bytes(), "sent": Counter()})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield facts, f"http://127.0.0.1:{server.server_port}", handler.sent
+        yield f"http://127.0.0.1:{server.server_port}", handler.sent
     finally:
         server.shutdown()
         server.server_close()
 
 
-def complete(root: Path, facts: dict) -> bool:
-    """Whether root holds exactly the data set, and nothing half-done beside it."""
-    files = [*facts["train_list"], *facts["test_list"], [facts["meta"]["filename"], facts["meta"]["md5"]]]
-    there = root / cifar10.CIFAR10.base_folder
-    if not all((there / name).exists() for name, _ in files):
-        return False
-    right = all(hashlib.md5((there / name).read_bytes()).hexdigest() == md5 for name, md5 in files)
-    return right and {path.name for path in root.iterdir()} <= {there.name, ".cifar-10.lock"}
+def is_complete(root: Path, facts: dict) -> bool:
+    """Whether root holds exactly the data set, and nothing unfinished beside it."""
+    folder = root / cifar10.CIFAR10.base_folder
+    for name, md5 in facts["sums"].items():
+        if not (folder / name).exists() or hashlib.md5((folder / name).read_bytes()).hexdigest() != md5:
+            return False
+    return {path.name for path in root.iterdir()} <= {folder.name, ".cifar-10.lock"}
 
 
-def round_of_downloads(seed: int) -> Counter:
-    """Each fault before a source that works, some in a row, a download that is killed, two at once."""
-    draw, found = random.Random(seed), Counter()
-
-    def note(what: str, survived: bool) -> None:
-        found[what, "tried"] += 1
-        found[what, "survived"] += survived
-        if not survived:
-            print(f"downloads, round {seed}: {what} was not survived")
-
+def round_of_downloads(seed: int) -> list[Result]:
+    """Each fault before a source that works, some in a row, a download that is killed, and two at once."""
+    chance = random.Random(seed)
+    chains = {f"server: {fault}": [fault] for fault in FAULTS}
+    chains["server: four faults in a row"] = chance.sample(FAULTS, 4)
+    chains["server: no ranges, after a broken one"] = ["truncated", "noranges"]
+    survived = {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "served").mkdir()
-        with fault_server(folder / "served") as (facts, address, sent):
-            chains = [[fault] for fault in FAULTS] + [draw.sample(FAULTS, 4), ["truncated", "noranges"]]
-            for i, chain in enumerate(chains):
-                root = folder / f"root{i}"
-                start(download_it, facts, [f"{address}/{fault}" for fault in [*chain, "whole"]], root, folder / "log").join()
-                name = {1: chain[0], 2: "no ranges, after a broken one", 4: "four faults in a row"}[len(chain)]
-                note(f"server: {name}", complete(root, facts))
+        folder, served = Path(name), Path(name) / "served"
+        served.mkdir()
+        facts = small_archive(served)
+        with faulty_server(served / cifar10.CIFAR10.filename) as (address, sent):
+            for what, faults in chains.items():
+                root = folder / str(len(survived))
+                start(download, facts, [f"{address}/{fault}" for fault in [*faults, "whole"]], root).join()
+                survived[what] = is_complete(root, facts)
 
             root = folder / "killed"
-            arguments = download_it, facts, [f"{address}/slow"], root, folder / "log"
-            process = start(*arguments)
-            time.sleep(draw.uniform(0.05, 0.6))
+            process = start(download, facts, [f"{address}/slow"], root)
+            time.sleep(chance.uniform(0.05, 0.6))
             process.kill()
             process.join()
-            never_half = not (root / cifar10.CIFAR10.base_folder).exists() or complete(root, facts)
-            start(*arguments).join()
-            note("SIGKILL while downloading", never_half and complete(root, facts))
+            half = (root / cifar10.CIFAR10.base_folder).exists() and not is_complete(root, facts)
+            start(download, facts, [f"{address}/slow"], root).join()
+            survived["SIGKILL while downloading"] = not half and is_complete(root, facts)
 
+            root = folder / "both"
             sent.clear()
-            pair = [start(download_it, facts, [f"{address}/slow"], folder / "both", folder / "log") for _ in range(2)]
+            pair = [start(download, facts, [f"{address}/slow"], root) for _ in range(2)]
             for process in pair:
                 process.join()
-            note("two downloads at once", complete(folder / "both", facts) and sent["slow"] == facts["size"])
-    return found
+            survived["two downloads at once"] = is_complete(root, facts) and sent["slow"] == facts["size"]
+    for what, success in survived.items():
+        if not success:
+            print(f"downloads, round {seed}: {what} was not survived")
+    return [(what, 1, int(success)) for what, success in survived.items()]
 
 
 # ---------------------------------------------------------------- files
@@ -283,104 +293,104 @@ def pictures() -> list[bytes]:
     sample = AlbumentationsCIFAR10(ASSETS, train=False).data
     files = []
 
-    def keep(image: Image.Image, kind: str, **options) -> None:
+    def add(image: Image.Image, kind: str, **options) -> None:
         buffer = io.BytesIO()
         image.save(buffer, kind, **options)
         files.append(buffer.getvalue())
 
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned to the right
     for i, size in enumerate((32, 57, 160)):
         image = Image.fromarray(sample[37 * i]).resize((size, size + 9 * i))
-        for mode in ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"):
-            keep(image.convert("L").convert(mode) if mode == "I;16" else image.convert(mode), "PNG")
-        exif = Image.Exif()
-        exif[0x0112] = 6  # turned to the right
-        keep(image, "JPEG", exif=exif)
-        keep(image, "JPEG", progressive=True)
-        keep(image.convert("CMYK"), "JPEG")
-        keep(image.convert("L"), "JPEG", quality=40)
+        for mode in ("RGB", "RGBA", "L", "LA", "P", "1"):
+            add(image.convert(mode), "PNG")
+        add(image.convert("L").convert("I;16"), "PNG")
+        add(image, "JPEG", exif=exif)
+        add(image, "JPEG", progressive=True)
+        add(image.convert("CMYK"), "JPEG")
+        add(image.convert("L"), "JPEG", quality=40)
         frames = [image, image.rotate(90), image.rotate(180)]
-        keep(image, "GIF", save_all=True, append_images=frames, duration=50)
-        keep(image, "WEBP", quality=60)
-        keep(image.convert("RGBA"), "WEBP", lossless=True)
-        keep(image, "WEBP", save_all=True, append_images=frames)
+        add(image, "GIF", save_all=True, append_images=frames, duration=50)
+        add(image, "WEBP", quality=60)
+        add(image.convert("RGBA"), "WEBP", lossless=True)
+        add(image, "WEBP", save_all=True, append_images=frames)
     return files
 
 
 def mutated(files: list[bytes], seed: int) -> bytes:
-    """One of the files with one to four things done to it."""
-    draw = random.Random(seed)
-    data = bytearray(draw.choice(files))
-    for _ in range(draw.randint(1, 4)):
-        here, length = draw.randrange(len(data)), draw.randint(1, 64)
-        kind = draw.choice(("bytes", "bits", "header", "cut", "remove", "repeat", "noise", "splice"))
+    """One of the files with one to four mutations."""
+    chance = random.Random(seed)
+    data = bytearray(chance.choice(files))
+    for _ in range(chance.randint(1, 4)):
+        place, length = chance.randrange(len(data)), chance.randint(1, 64)
+        kind = chance.choice(("bytes", "bits", "header", "cut", "remove", "repeat", "noise", "splice"))
         if kind == "bytes":
-            for _ in range(draw.randint(1, 8)):
-                data[draw.randrange(len(data))] = draw.choice((0, 1, 127, 128, 255, draw.randrange(256)))
+            for _ in range(chance.randint(1, 8)):
+                value = chance.choice((0, 1, 127, 128, 255, chance.randrange(256)))
+                data[chance.randrange(len(data))] = value
         elif kind == "bits":
-            data[here] ^= 1 << draw.randrange(8)
+            data[place] ^= 1 << chance.randrange(8)
         elif kind == "header":
-            data[draw.randrange(min(64, len(data)))] = draw.randrange(256)
+            data[chance.randrange(min(64, len(data)))] = chance.randrange(256)
         elif kind == "cut":
-            del data[max(1, here) :]
+            del data[max(1, place) :]
         elif kind == "remove" and len(data) > length + 1:
-            del data[here : here + length]
+            del data[place : place + length]
         elif kind == "repeat":
-            data[here:here] = data[here : here + length] * draw.randint(1, 9)
+            data[place:place] = data[place : place + length] * chance.randint(1, 9)
         elif kind == "noise":
-            data[here : here + length] = draw.randbytes(length)
+            data[place : place + length] = chance.randbytes(length)
         elif kind == "splice":
-            data[here:] = draw.choice(files)[here:] or b"\0"
+            data[place:] = chance.choice(files)[place:] or b"\0"
     return bytes(data)
 
 
-def resident() -> float:
+def resident_memory() -> float:
     """The memory of this process, in MB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
 def predict_mutated(first: int, count: int, results) -> None:
-    """Predict `count` mutated files; send the outcomes, the slowest's seconds and how many MB the memory grew."""
+    """Predict `count` mutated files. Sends the outcomes, the seconds of the slowest, and the growth in MB."""
     net = Net.from_pretrained()
-    files, found, slowest = pictures(), Counter(), 0.0
-    for data in files:  # as they are, all are good; and the memory that the first of a kind takes is no leak
+    files, outcomes, slowest = pictures(), Counter(), 0.0
+    for data in files:  # the first of a kind takes memory, which is no leak
         predict(net, data, test_transform(), CLASSES)
-    before = resident()
+    before = resident_memory()
     for seed in range(first, first + count):
         data = mutated(files, seed)
         began = time.monotonic()
         try:
             (answer,) = predict(net, data, test_transform(), CLASSES)
-            found["predicted"] += abs(sum(p for _, p in answer)) <= 1.001
+            outcomes["predicted"] += sum(share for _, share in answer) <= 1.001
         except ValueError:
-            found["refused"] += 1
+            outcomes["refused"] += 1
         except BaseException as error:
-            found[f"{type(error).__name__} at seed {seed}"] += 1
+            outcomes[f"{type(error).__name__} at seed {seed}"] += 1
         slowest = max(slowest, time.monotonic() - began)
-    results.send((found, slowest, resident() - before))
+    results.send((outcomes, slowest, resident_memory() - before))
 
 
-def round_of_files(seed: int, count: int = 2_000) -> Counter:
-    """`count` files from seeds of their own, in one process, which may not die, hang or grow."""
-    receiving, sending = PROCESSES.Pipe(duplex=False)
-    process = start(predict_mutated, seed * count, count, sending)
-    sending.close()
-    try:
-        found, slowest, grown = receiving.recv() if receiving.poll(count) else (Counter(), count, 0)
-    except EOFError:  # it has crashed
-        found, slowest, grown = Counter(), float("inf"), 0.0
+def round_of_files(seed: int, count: int = 2_000) -> list[Result]:
+    """One process predicts `count` mutated files. It must not crash, hang or grow."""
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    process = start(predict_mutated, seed * count, count, sender)
+    sender.close()
+    outcomes, slowest, growth = Counter(), float("inf"), 0.0  # of a process that crashes or hangs
+    with contextlib.suppress(EOFError):
+        if receiver.poll(count):
+            outcomes, slowest, growth = receiver.recv()
     process.kill()
     process.join()
-    well = found["predicted"] + found["refused"]
-    if well < count or slowest > 1 or grown > 50:
-        print(f"files, seeds {seed * count} and on: {dict(found)}, slowest {slowest:.2f} s, {grown:.0f} MB more")
-    return Counter(
-        {
-            ("mutated files: predicted, or ValueError", "tried"): count,
-            ("mutated files: predicted, or ValueError", "survived"): well,
-            ("2,000 of them: none over a second, memory flat to 50 MB", "tried"): 1,
-            ("2,000 of them: none over a second, memory flat to 50 MB", "survived"): int(slowest <= 1 and grown <= 50),
-        }
-    )
+    right = outcomes["predicted"] + outcomes["refused"]
+    healthy = slowest <= 1 and growth <= 50
+    if right < count or not healthy:
+        numbers = f"slowest {slowest:.2f} s, {growth:.0f} MB more"
+        print(f"files, seeds from {seed * count}: {dict(outcomes)}, {numbers}")
+    return [
+        ("mutated files: predicted, or ValueError", count, right),
+        ("2,000 of them: none over a second, memory flat to 50 MB", 1, int(healthy)),
+    ]
 
 
 # ---------------------------------------------------------------- all of it
@@ -389,36 +399,33 @@ def round_of_files(seed: int, count: int = 2_000) -> Counter:
 PARTS = {"kills": round_of_kills, "downloads": round_of_downloads, "files": round_of_files}
 
 
-def run(minutes: float) -> list[dict]:
-    """Rounds of each part in turn, at least one, until the time is over; a row for each thing that was done."""
-    found = {part: Counter() for part in PARTS}
-    began, longest, seed = time.monotonic(), 0.0, 0
-    with tqdm(total=round(60 * minutes), desc="soak", bar_format="{desc}: {n:.0f} of {total} s |{bar:20}|{postfix}") as bar:
-        while not seed or bar.n + longest < bar.total:
-            before = bar.n
-            for part, round_ in PARTS.items():
-                bar.set_postfix_str(f" round {seed}, {part}")
-                found[part].update(round_(seed))
-                bar.update(time.monotonic() - began - bar.n)
-            longest, seed = max(longest, bar.n - before), seed + 1
-    return [
-        dict(zip(FIELDS, (part, what, count[what, "tried"], count[what, "survived"])))
-        for part, count in found.items()
-        for what in dict.fromkeys(what for what, _ in count)
-    ]
+def soak(minutes: float) -> list[dict]:
+    """Rounds of all parts, at least one, until the next would take too long. Returns a row for each fault."""
+    rows = {}
+    began, seed, longest = time.monotonic(), 0, 0.0
+    while seed == 0 or time.monotonic() - began + longest < 60 * minutes:
+        round_began = time.monotonic()
+        for part, play in PARTS.items():
+            passed = (time.monotonic() - began) / 60
+            print(f"\rminute {passed:.0f} of {minutes:g}, round {seed}: {part:<12}", end="", flush=True)
+            for what, tried, survived in play(seed):
+                row = rows.setdefault(what, {"part": part, "what": what, "tried": 0, "survived": 0})
+                row["tried"] += tried
+                row["survived"] += survived
+        longest = max(longest, time.monotonic() - round_began)
+        seed += 1
+    print()
+    return list(rows.values())
 
 
 def main(minutes: float) -> None:
-    """Soak, print the table and write it; exit with 1 if something was not survived."""
-    rows = run(minutes)
+    """Soak, print the table and write it. Exits with 1 if a fault was not survived."""
+    rows = soak(minutes)
     for row in rows:
-        print("{part:<11}{what:<58}{survived:>7,} of {tried:,}".format(**row))
+        print(f"{row['part']:<11}{row['what']:<58}{row['survived']:>7,} of {row['tried']:,}")
     write_csv(rows, TABLE)
     sys.exit(any(row["survived"] < row["tried"] for row in rows))
 
 
 if __name__ == "__main__":
-    os.chdir(Path(__file__).resolve().parent)
-    import soak  # under this name the processes know its functions
-
-    soak.main(float(sys.argv[1]) if len(sys.argv) > 1 else 20)
+    main(float(sys.argv[1]) if len(sys.argv) > 1 else 20)

@@ -1,31 +1,60 @@
-"""Getting CIFAR-10 from real servers on loopback that fail in all the ways that servers do. The servers are soak.py's."""
+"""Downloads of a small CIFAR-10 from servers on loopback that fail as servers do. soak.py has the servers."""
 
 import hashlib
 import re
 import resource
 import shutil
 import tarfile
-import threading
 import time
 
 import pytest
-
 import soak
+
+import cifar10
+
+ARCHIVE = "cifar-10-python.tar.gz"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A small data set's folder and facts, its server's address, and the bytes that it sent by path."""
+    folder = tmp_path_factory.mktemp("served")
+    facts = soak.small_archive(folder)
+    with soak.faulty_server(folder / ARCHIVE) as (address, sent):
+        yield folder, facts, address, sent
 
 
 @pytest.fixture
-def world(tmp_path):
-    """What to believe the data set is, a server's address, how many bytes it sent by path, and a function to download."""
-    (tmp_path / "served").mkdir()
-    with soak.fault_server(tmp_path / "served") as (facts, address, sent):
+def world(server, tmp_path, monkeypatch, capsys):
+    """The data set's facts, the bytes that were sent in this test, and two functions that download."""
+    _, facts, address, sent = server
+    facts = dict(facts)
+    sent.clear()
+    # `soak.download` changes these. After the test they come back.
+    for name in ("tgz_md5", "train_list", "test_list", "meta"):
+        monkeypatch.setattr(cifar10.CIFAR10, name, getattr(cifar10.CIFAR10, name))
+    for name in ("SOURCES", "ARCHIVE_SIZE", "STALL_SECONDS"):
+        monkeypatch.setattr(cifar10, name, getattr(cifar10, name))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    root = tmp_path / "root"
+    root.mkdir()
 
-        def get(*faults, root=tmp_path / "root", function=soak.download_it):
-            sources = [f"{address}/{fault}" for fault in faults]
-            get.process = process = soak.start(function, facts, sources, root, tmp_path / "log")
-            process.join(30)
-            return process.exitcode == 0 and soak.complete(root, facts), (tmp_path / "log").read_text()
+    def sources(faults):
+        return [f"{address}/{fault}" for fault in faults]
 
-        yield facts, sent, get
+    def get(*faults):
+        """Downloads here. Returns whether the data set is complete, and what was printed."""
+        try:
+            soak.download(facts, sources(faults), root)
+        except FileNotFoundError:
+            return False, capsys.readouterr().out
+        return soak.is_complete(root, facts), capsys.readouterr().out
+
+    def start(*faults):
+        """Downloads in another process."""
+        return soak.start(soak.download, facts, sources(faults), root)
+
+    return facts, sent, get, start
 
 
 REASONS = {
@@ -41,101 +70,111 @@ REASONS = {
 
 @pytest.mark.parametrize("fault", REASONS)
 def test_a_faulty_source_is_left_for_the_next_in_one_line(fault, world):
-    facts, sent, get = world
-    arrived, log = get(fault, "whole")
-    assert arrived and len(log.splitlines()) == 1
+    facts, sent, get, _ = world
+    complete, log = get(fault, "whole")
+    assert complete and len(log.splitlines()) == 1
     assert re.match(rf"CIFAR-10 not from http://127\.0\.0\.1:\d+/{fault} \(.*{REASONS[fault]}", log), log
-    kept = sent[fault] if fault in ("stall", "trickle", "truncated") else 0
-    assert sent["whole"] <= facts["size"] - kept + 100, "what has arrived is not fetched again"
+    reused = sent[fault] if fault in ("stall", "trickle", "truncated") else 0
+    assert sent["whole"] <= facts["size"] - reused + 100, "bytes that arrived are not fetched again"
 
 
-def test_each_source_and_each_start_goes_on_where_the_last_one_stopped(world, tmp_path):
-    facts, sent, get = world
-    arrived, log = get("truncated", "stall", "truncated", "404")
-    assert not arrived and not (tmp_path / "root/cifar-10-batches-py").exists()
-    assert [float(found) for found in re.findall(r"broke off after ([\d.]+)", log)] == [1.0, 2.1]
-    arrived, _ = get("whole")
-    assert arrived and sum(sent.values()) == facts["size"]
+def test_each_source_and_each_call_resumes_where_the_last_one_stopped(world, tmp_path):
+    facts, sent, get, _ = world
+    complete, log = get("truncated", "stall", "truncated", "404")
+    assert not complete and not (tmp_path / "root/cifar-10-batches-py").exists()
+    assert re.findall(r"broke off after ([\d.]+)", log) == ["1.0", "2.1"]
+    complete, _ = get("whole")
+    assert complete and sent["truncated"] + sent["stall"] + sent["whole"] == facts["size"]
 
 
 def test_a_source_without_ranges_sends_all_of_it_again(world):
-    facts, sent, get = world
+    facts, sent, get, _ = world
     assert get("truncated", "noranges")[0] and sent["noranges"] == facts["size"]
 
 
 def test_wrong_bytes_from_an_earlier_day_are_fetched_again(world, tmp_path):
-    facts, sent, get = world
-    (tmp_path / "root").mkdir()
-    (tmp_path / "root/cifar-10-python.tar.gz.partial").write_bytes(b"\0" * 1_000_000)
-    arrived, log = get("whole")
-    assert arrived and log == "" and sent["whole"] == 2 * facts["size"] - 1_000_000
+    facts, sent, get, _ = world
+    partial = tmp_path / f"root/{ARCHIVE}.partial"
+    partial.write_bytes(b"\0" * 1_000_000)
+    complete, log = get("whole")
+    assert complete and log == "" and sent["whole"] == 2 * facts["size"] - 1_000_000
     shutil.rmtree(tmp_path / "root/cifar-10-batches-py")
-    (tmp_path / "root/cifar-10-python.tar.gz.partial").write_bytes(b"\0" * facts["size"])
+    partial.write_bytes(b"\0" * facts["size"])
     assert get("whole")[0]
 
 
 def test_the_last_source_may_be_slow(world):
-    _, _, get = world
-    assert "broke off" in get("trickle")[1]  # but not left before that
+    _, _, get, _ = world
+    assert "broke off" in get("trickle")[1]  # and not "too slow" before that
 
 
-def test_an_archive_put_there_by_hand_is_used_and_kept(world, tmp_path):
-    _, _, get = world
-    (tmp_path / "root").mkdir()
-    shutil.copy(tmp_path / "served/cifar-10-python.tar.gz", tmp_path / "root")
+def test_an_archive_in_the_folder_is_used_and_stays(server, world, tmp_path):
+    _, _, get, _ = world
+    shutil.copy(server[0] / ARCHIVE, tmp_path / "root")
     assert get("404")[1] == ""
-    assert {path.name for path in (tmp_path / "root").iterdir()} == {
-        ".cifar-10.lock", "cifar-10-batches-py", "cifar-10-python.tar.gz",
-    }  # fmt: skip
+    names = {path.name for path in (tmp_path / "root").iterdir()}
+    assert names == {".cifar-10.lock", "cifar-10-batches-py", ARCHIVE}
 
 
-def test_a_killed_download_never_looks_complete_and_is_continued(world, tmp_path):
-    facts, sent, get = world
-    root = tmp_path / "root"
-    killer = threading.Thread(target=get, args=("slow",))
-    killer.start()
-    while sent["slow"] < 1_500_000:
+def test_another_archive_in_the_folder_stays_and_the_right_one_is_downloaded(world, tmp_path):
+    _, _, get, _ = world
+    (tmp_path / "root" / ARCHIVE).write_bytes(b"another")
+    _, log = get("whole")
+    assert re.fullmatch(r"Expected \S+ with MD5 \w+, found another: downloading beside it\n", log)
+    assert (tmp_path / "root" / ARCHIVE).read_bytes() == b"another"
+    assert (tmp_path / "root/cifar-10-batches-py/test_batch").exists()
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.01)
-    get.process.kill()
-    killer.join()
+
+
+def test_a_killed_download_never_looks_complete_and_resumes(world, tmp_path):
+    facts, sent, get, start = world
+    process = start("slow")
+    wait_for(lambda: sent["slow"] >= 1_500_000)
+    process.kill()
+    process.join()
+    root = tmp_path / "root"
     assert not (root / "cifar-10-batches-py").exists()
-    (root / ".cifar-10-left").mkdir()  # as a kill while unpacking leaves
+    (root / ".cifar-10-left").mkdir()  # as a process leaves it that is killed while unpacking
     assert get("whole")[0]
-    assert sent["whole"] < facts["size"] - 1_000_000, "but for what was on its way when it died"
+    assert sent["whole"] < facts["size"] - 1_000_000, "only the bytes on their way are fetched again"
 
 
-def test_two_at_once_download_once(world, tmp_path):
-    facts, sent, get = world
-    second = threading.Thread(target=get, args=("slow",))
-    second.start()
-    assert get("slow")[0]
-    second.join()
-    assert sent["slow"] == facts["size"]
-    assert (tmp_path / "log").read_text() == f"Another process is downloading CIFAR-10 into {tmp_path / 'root'}: waiting for it\n"
+def test_two_processes_at_once_download_once(world, tmp_path):
+    facts, sent, get, start = world
+    process = start("slow")
+    wait_for(lambda: sent["slow"])
+    complete, log = get("slow")
+    process.join()
+    assert complete and process.exitcode == 0 and sent["slow"] == facts["size"]
+    assert log == f"Another process is downloading CIFAR-10 into {tmp_path / 'root'}: waiting for it\n"
 
 
-def on_a_small_disk(*arguments):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-    soak.download_it(*arguments)
-
-
-def test_a_full_disk_is_one_line_and_what_arrived_stays(world):
-    facts, sent, get = world
-    arrived, log = get("whole", "404", function=on_a_small_disk)
-    assert not arrived and re.fullmatch(r"CIFAR-10 cannot be put into \S+: .*File too large\n", log)
+def test_a_full_disk_is_one_line_and_the_bytes_on_it_stay(world):
+    facts, sent, get, _ = world
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        complete, log = get("whole", "404")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not complete and re.fullmatch(r"CIFAR-10 cannot be put into \S+: .*File too large\n", log)
     sent.clear()
     assert get("whole")[0] and sent["whole"] == facts["size"] - 1_000_000
 
 
-def test_members_that_would_land_elsewhere_are_refused(world, tmp_path):
-    facts, _, get = world
-    with tarfile.open(tmp_path / "evil.tar.gz", "w:gz") as tar:
-        tar.add(tmp_path / "served/cifar-10-batches-py", "cifar-10-batches-py")
+def test_members_that_would_land_elsewhere_are_refused(server, world, tmp_path):
+    facts, _, get, _ = world
+    archive = tmp_path / "root" / ARCHIVE
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(server[0] / "cifar-10-batches-py", "cifar-10-batches-py")
         tar.add(__file__, "../escaped")
-    archive = (tmp_path / "evil.tar.gz").read_bytes()
-    (tmp_path / "root").mkdir()
-    (tmp_path / "root/cifar-10-python.tar.gz").write_bytes(archive)
-    facts |= {"tgz_md5": hashlib.md5(archive).hexdigest()}
-    arrived, log = get("404")
-    assert not arrived and "outside the destination" in log
+    facts["tgz_md5"] = hashlib.md5(archive.read_bytes()).hexdigest()
+    complete, log = get("404")
+    assert not complete and "outside the destination" in log
     assert not list(tmp_path.rglob("escaped")) and not (tmp_path / "root/cifar-10-batches-py").exists()

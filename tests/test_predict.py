@@ -1,3 +1,5 @@
+"""The command line that predicts pictures: its table, its lines and its exit status."""
+
 import csv
 import subprocess
 import sys
@@ -7,50 +9,75 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from dataset import ASSETS, CLASSES, AlbumentationsCIFAR10
+from predict import files_in, main
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Twenty test images as files, two of each class, in a folder with a folder in it, and a text among them."""
+    """A folder with 20 test images, two of each class, half of them a folder deeper, and a text."""
     folder = tmp_path_factory.mktemp("pictures")
     (folder / "more").mkdir()
     (folder / "album.png").mkdir()
     sample = AlbumentationsCIFAR10(ASSETS, train=False)
     for i in range(0, 500, 25):
-        Image.fromarray(sample.data[i]).save(folder / ("more" if i % 50 else ".") / f"{CLASSES[sample.targets[i]]}{i}.png")
-    (folder / "readme.txt").write_text("no picture, and not taken for one")
+        place = folder / "more" if i % 50 else folder
+        Image.fromarray(sample.data[i]).save(place / f"{CLASSES[sample.targets[i]]}{i}.png")
+    (folder / "readme.txt").write_text("a text is no picture")
     return folder
 
 
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, REPOSITORY / "predict.py", *map(str, arguments)], capture_output=True, text=True, timeout=120
-    )
+def call(*arguments):
+    return main([str(argument) for argument in arguments])
 
 
-def test_a_folder_to_a_table(pictures, tmp_path):
-    done = run(pictures, "--top", 2, "--csv", tmp_path / "out.csv")
-    assert done.returncode == 0 and done.stdout == "", done.stderr
-    with open(tmp_path / "out.csv") as file:
+def test_folder_becomes_a_table(pictures, tmp_path, capsys):
+    assert call(pictures, "--top", 2, "--csv", tmp_path / "out.csv") == 0
+    assert capsys.readouterr().out == ""
+    with open(tmp_path / "out.csv", newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["file", "class1", "probability1", "class2", "probability2"] and len(rows) == 20
-    assert sum(row[1] in row[0].rsplit("/", 1)[1] for row in rows) >= 15
+    right = [row for row in rows if row[1] in row[0].rsplit("/", 1)[1]]
+    assert len(right) >= 15
     assert all(1 >= float(row[2]) >= float(row[4]) >= 0 for row in rows)
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
 
 
-def test_bad_files_are_named_the_others_predicted_and_the_status_tells(pictures, tmp_path):
+def test_files_keep_their_order_and_folders_are_sorted(pictures):
+    last = pictures / "more" / "airplane25.png"
+    files = files_in([last, pictures, last])
+    assert files[0] == files[-1] == last and files[1:-1] == sorted(files[1:-1])
+    assert len(files) == 22 and all(file.is_file() for file in files)
+
+
+def test_bad_files_are_named_and_the_others_predicted(pictures, tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"bad")
     good = next(path for path in pictures.glob("*.png") if path.is_file())
-    done = run(good, tmp_path / "bad.png", tmp_path / "none.png", good)
-    assert done.returncode == 1 and done.stdout.count(f"{good}: ") == 2
-    assert "bad.png" in done.stderr and "none.png" in done.stderr and "Traceback" not in done.stderr
+    assert call(good, tmp_path / "bad.png", tmp_path / "none.png", good) == 1
+    printed = capsys.readouterr()
+    assert printed.out.count(f"{good}: ") == 2 and printed.out.count(" %") == 6
+    assert "bad.png" in printed.err and "none.png" in printed.err
+
+
+def test_command_line_in_a_process_of_its_own(pictures, tmp_path):
+    name = tmp_path / b"caf\xe9.png".decode(errors="surrogateescape")  # no UTF-8
+    name.write_bytes(next(pictures.glob("more/*.png")).read_bytes())
+    command = [sys.executable, REPOSITORY / "predict.py", name, tmp_path / "none.png"]
+    done = subprocess.run(command, capture_output=True, timeout=120)
+    assert done.returncode == 1 and b"caf\xe9.png: " in done.stdout
+    assert b"none.png" in done.stderr and b"Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [[], ["--top", "11", "a.png"], [REPOSITORY / "tests"], ["a.png", "--csv", "no/out.csv"], ["a.png", "--csv", "/"]],
+    "arguments, message",
+    [
+        ([], "required: FILE_OR_FOLDER"),
+        (["--top", "11", "a.png"], "--top: invalid choice"),
+        ([REPOSITORY / "tests"], "expected pictures, found none in"),
+        (["a.png", "--csv", "no/out.csv"], "expected a folder for no/out.csv, found none: make no"),
+        (["a.png", "--csv", "/"], "expected a file for the table, found the folder /"),
+    ],
 )
-def test_a_call_without_sense_is_2(arguments):
-    done = run(*arguments)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+def test_wrong_call_exits_with_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        call(*arguments)
+    assert exit.value.code == 2 and message in capsys.readouterr().err

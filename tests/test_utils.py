@@ -1,12 +1,15 @@
+"""Each answer of utils against one worked out by hand, published, or computed in another way."""
+
 import copy
-import hashlib
 import math
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+import time
+import tracemalloc
 
 import albumentations as A
 import numpy as np
@@ -15,8 +18,10 @@ import pytest
 import torch
 import torchvision
 from albumentations.pytorch import ToTensorV2
+from conftest import REPOSITORY
 from torch import nn
 
+import utils
 from dataset import MEAN, STD
 from model import Net
 from utils import (
@@ -24,9 +29,14 @@ from utils import (
     HEADER,
     calibration,
     channel_statistics,
+    check_installed,
+    check_parameters,
+    class_accuracies,
+    describe_commit,
     grad_cam,
     misclassified,
     model_summary,
+    most_confused,
     predict,
     predictions,
     receptive_field,
@@ -34,9 +44,8 @@ from utils import (
     write_receptive_field_workbook,
 )
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 WORKBOOK = REPOSITORY / "RF Calculations.xlsx"
-SEED_STATISTICS = {
+PUBLISHED_STATISTICS = {  # of the original project, which summed in float32
     "Train": dict(
         mean=(0.49139968, 0.48215827, 0.44653124),
         std=(0.24703233, 0.24348505, 0.26158768),
@@ -50,11 +59,70 @@ SEED_STATISTICS = {
 }
 
 
+PARAMETERS = {
+    "EPOCHS": 100, "TEACHER_EPOCHS": 20, "TEMPERATURE": 2.0, "VIEWS": 20, "BATCH_SIZE": 256,
+    "LEARNING_RATE": 0.015, "SGD_LEARNING_RATE": 0.2, "WEIGHT_DECAY": 5e-4, "DROPOUT": 0.0,
+    "EMA_DECAY": 0.995, "SEED": 0, "RESUME": True, "DATA": "auto", "DATA_ROOT": "",
+}  # fmt: skip
+
+
 def lines(text):
     return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
 
 
-def test_set_seed_covers_the_three_generators():
+def test_parameters_of_a_fresh_notebook_pass():
+    notebook = {"__name__": "__main__", "_i1": "code", "In": [], "json": math}  # what Jupyter adds
+    check_parameters(PARAMETERS | notebook)
+    check_parameters(PARAMETERS | {"TEMPERATURE": 3, "RESUME": 0})  # whole numbers serve as floats
+    check_parameters(PARAMETERS | {"torch": torch, "note": "a variable"})  # the cell runs a second time
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"EPOCHS": 0}, "expected EPOCHS to be int from 1 to 10000, found 0"),
+        ({"EPOCHS": "many"}, "expected EPOCHS to be int from 1 to 10000, found 'many'"),
+        ({"EPOCHS": 2.0}, "expected EPOCHS to be int from 1 to 10000, found 2.0"),
+        ({"DROPOUT": 1.0}, "expected DROPOUT to be float from 0.0 to 0.99, found 1.0"),
+        ({"LEARNING_RATE": math.nan}, "expected LEARNING_RATE to be float from 1e-06 to 100.0, found nan"),
+        ({"RESUME": 2}, "expected RESUME to be bool from False to True, found 2"),
+        ({"EPOCH": 3, "BATCH": 4}, "unknown parameter BATCH, EPOCH: expected EPOCHS, TEACHER_EPOCHS, "),
+    ],
+)
+def test_wrong_parameters_are_named(changes, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        check_parameters(PARAMETERS | changes)
+
+
+def test_missing_package_is_named():
+    check_installed("numpy", "torch")
+    with pytest.raises(ModuleNotFoundError, match="module no_such_package, found none: pip install no_such"):
+        check_installed("numpy", "no_such_package")
+
+
+def test_utils_can_be_imported_while_packages_are_missing():
+    missing = ["albumentations", "filelock", "safetensors", "torchsummary", "xlsxwriter"]
+    code = f"import sys; sys.modules |= dict.fromkeys({missing}); import utils"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+def test_commit_is_described(tmp_path, monkeypatch):
+    file = tmp_path / "utils.py"
+    monkeypatch.setattr(utils, "__file__", str(file))
+    assert describe_commit() == "unknown"  # a folder without git
+    file.write_text("old")
+    author = ["-c", "user.name=A", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    commit = describe_commit()
+    assert re.fullmatch("[0-9a-f]{12,}", commit)
+    file.write_text("new")
+    assert describe_commit() == f"{commit}-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert describe_commit() == "unknown"
+
+
+def test_set_seed_seeds_three_generators():
     draws = []
     for seed in (3, 3, 4):
         set_seed(seed)
@@ -62,9 +130,9 @@ def test_set_seed_covers_the_three_generators():
     assert draws[0] == draws[1] and all(a != b for a, b in zip(draws[1], draws[2]))
 
 
-def test_summary_is_the_golden_table_and_leaves_the_model_alone(capsys):
+def test_summary_is_the_golden_table_and_the_model_stays(capsys):
     net = Net(dropout=0.1)
-    net.stage2.eval()  # mixed modes must survive
+    net.stage2.eval()  # the modes differ, and must stay
     calls = []
     net.stage1.register_forward_hook(lambda *_: calls.append(1))
     state, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
@@ -112,7 +180,7 @@ def test_receptive_field_by_hand_with_pools():
 
 def test_receptive_field_follows_branches():
     rows = {row["name"]: row for row in receptive_field(torchvision.models.resnet18(), (3, 224, 224))}
-    # Araujo et al. 2019 give 435 for ResNet-18; summed in order of execution, the strided shortcuts would spoil it.
+    # Araujo et al. 2019 give 435 for ResNet-18. Shortcuts have strides, so a plain sum would be wrong.
     assert rows["layer4.1.conv2"]["rf_out"] == 435 and rows["layer4.1.conv2"]["jump_out"] == 32
     assert rows["layer2.0.downsample.0"]["rf_in"] == rows["layer2.0.conv1"]["rf_in"] == 43
     assert rows["layer2.0.downsample.0"]["rf_out"] == 43 and rows["layer2.1.conv1"]["rf_in"] == 67
@@ -120,7 +188,7 @@ def test_receptive_field_follows_branches():
 
 class Functional(nn.Module):
     def forward(self, x):
-        return nn.functional.max_pool2d(x, 3, 1, 1)  # keeps the size, so only its name gives it away
+        return nn.functional.max_pool2d(x, 3, 1, 1)  # keeps the size: only its name tells that it is a pool
 
 
 @pytest.mark.parametrize(
@@ -133,7 +201,7 @@ class Functional(nn.Module):
         (Net(), (3, 32, 48), "square map"),
     ],
 )
-def test_receptive_field_refuses_what_it_would_get_wrong(model, size, message):
+def test_receptive_field_refuses_other_windows_and_operations(model, size, message):
     with pytest.raises(ValueError, match=message):
         receptive_field(model, size)
 
@@ -141,7 +209,7 @@ def test_receptive_field_refuses_what_it_would_get_wrong(model, size, message):
 def test_receptive_field_is_the_extent_of_the_gradient():
     net = Net().eval()
     with torch.no_grad():
-        for parameter in net.parameters():  # positive everywhere: no path is cut by a ReLU, and no two cancel
+        for parameter in net.parameters():  # all positive, so that no path ends at a ReLU and no two cancel
             parameter.fill_(1 / parameter[0].numel() if parameter.ndim == 4 else 1)
     image = torch.ones(1, 3, 256, 256, requires_grad=True)
     maps = net.stage4(net.stage3(net.stage2(net.stage1(image))))
@@ -149,30 +217,57 @@ def test_receptive_field_is_the_extent_of_the_gradient():
     reached = image.grad[0].sum(0).nonzero()
     extent = reached.max(0).values - reached.min(0).values + 1
     assert extent.tolist() == [181, 181] == [receptive_field(net)[-1]["rf_out"]] * 2
-    assert reached.min() > 0 and reached.max() < 255  # the border did not cut it
+    assert reached.min() > 0 and reached.max() < 255  # inside the border
 
 
-def test_workbook_is_what_the_model_gives_and_all_its_results_are_formulas(tmp_path):
-    fresh, again = tmp_path / "fresh.xlsx", tmp_path / "again.xlsx"
-    for path in (fresh, again):
-        write_receptive_field_workbook(Net(), path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.xlsx", "fresh.xlsx"]
-    assert hashlib.md5(fresh.read_bytes()).digest() == hashlib.md5(again.read_bytes()).digest()
-    committed, written = (openpyxl.load_workbook(path).active for path in (WORKBOOK, fresh))
-    assert [[c.value for c in row] for row in committed] == [[c.value for c in row] for row in written]
-    for row in committed.iter_rows(min_row=HEADER + 2):
+def test_committed_workbook_is_the_one_of_the_model(tmp_path):
+    write_receptive_field_workbook(Net(), tmp_path / "fresh.xlsx")
+    for data_only in (False, True):  # the formulas, then their results, which previews and pandas show
+        committed = openpyxl.load_workbook(WORKBOOK, data_only=data_only).active
+        fresh = openpyxl.load_workbook(tmp_path / "fresh.xlsx", data_only=data_only).active
+        for row, fresh_row in zip(committed.iter_rows(), fresh.iter_rows(), strict=True):
+            assert [cell.value for cell in row] == [cell.value for cell in fresh_row]
+
+
+def test_workbook_computes_every_result_with_a_formula():
+    formulas = openpyxl.load_workbook(WORKBOOK).active
+    for row in formulas.iter_rows(min_row=HEADER + 2):
         assert [str(cell.value).startswith("=") for cell in row] == [False] * 5 + [True] * 6
-        assert f"E{row[0].row}" in row[6].value and f"E{row[0].row}" in row[10].value  # the dilation counts
-    assert committed.freeze_panes == f"B{HEADER + 1}"
-    results = openpyxl.load_workbook(WORKBOOK, data_only=True).active  # what previews and pandas see
+        dilation = f"E{row[0].row}"
+        assert dilation in row[6].value and dilation in row[10].value  # of size out and rf out
+    results = openpyxl.load_workbook(WORKBOOK, data_only=True).active
     rows = [dict(zip(COLUMNS, row)) for row in results.iter_rows(min_row=HEADER + 2, values_only=True)]
     assert rows == receptive_field(Net())
+    assert results["K4"].value == 121  # without the dilation
+
+
+def test_workbook_looks_as_designed():
+    sheet = openpyxl.load_workbook(WORKBOOK).active
+    assert sheet.freeze_panes == f"B{HEADER + 1}"
+    fonts = {name: sheet[name].font.color.rgb[-6:] for name in ("A4", "K4", "A5", "B7", "F7")}
+    assert fonts == {"A4": "C00000", "K4": "C00000", "A5": "FFFFFF", "B7": "0000FF", "F7": "000000"}
+    fills = [sheet.cell(row, 1).fill.fgColor.rgb[-6:] for row in (HEADER, *range(HEADER + 1, 27, 5))]
+    assert fills == ["1F3864", "F2F2F2", "DDEBF7", "E2EFDA", "FFF2CC", "FCE4D6"]
+    assert sheet.column_dimensions["A"].width == 30 and sheet.column_dimensions["E"].width == 16
+    assert [sheet.row_dimensions[row].height for row in (1, 2, HEADER, 26)] == [26, 18, 26, 18]
+
+
+def test_workbook_has_the_same_bytes_at_any_time_and_place(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    first, second = tmp_path / "first.xlsx", tmp_path / "folder" / "second.xlsx"
+    write_receptive_field_workbook(Net(), first)
+    later = time.time() + 1e8
+    monkeypatch.setattr(time, "time", lambda: later)
+    monkeypatch.setattr(time, "localtime", lambda *_: time.gmtime(later))
+    write_receptive_field_workbook(Net(), second)
+    assert first.read_bytes() == second.read_bytes()
+    assert [path.name for path in second.parent.iterdir()] == ["second.xlsx"]
 
 
 def test_workbook_recalculated_by_libreoffice(tmp_path):
     if not shutil.which("soffice"):
-        pytest.skip("LibreOffice (soffice) is not installed: nothing here can recalculate the workbook")
-    book = openpyxl.load_workbook(WORKBOOK)  # saved again by openpyxl, it has formulas and no results to fall back on
+        pytest.skip("LibreOffice (soffice) is not installed: nothing can recalculate the workbook")
+    book = openpyxl.load_workbook(WORKBOOK)  # openpyxl saves formulas only, so every result is computed
     book.active[f"G{HEADER + 1}"] = 64
     book.save(tmp_path / "rf.xlsx")
     profile = f"-env:UserInstallation=file://{tmp_path}/profile"
@@ -185,13 +280,15 @@ def test_workbook_recalculated_by_libreoffice(tmp_path):
     assert table[3][-1] == "121"  # without the dilation
 
 
-def test_workbook_refuses_what_is_not_a_chain_and_leaves_the_old_file(tmp_path):
+def test_workbook_refuses_branches_and_the_old_file_stays(tmp_path):
     path = tmp_path / "rf.xlsx"
     path.write_text("old")
     with pytest.raises(ValueError, match="layer2.0.downsample|layer1"):
         write_receptive_field_workbook(torchvision.models.resnet18(), path)
     with pytest.raises(ValueError, match="expected a chain .* found 0"):
         write_receptive_field_workbook(nn.Sequential(nn.MaxPool2d(2, ceil_mode=True)), path, (3, 33, 33))
+    with pytest.raises(ValueError, match="convolutions or pools, found none"):
+        write_receptive_field_workbook(nn.Sequential(nn.ReLU()), path)
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -199,7 +296,8 @@ def test_channel_statistics_are_those_of_numpy(capsys):
     images = np.random.default_rng(0).integers(3, 250, (700, 32, 40, 3), dtype=np.uint8)
     images[..., 1] //= 2
     found = channel_statistics(images, "Noise")
-    for key, expected in ((key, getattr(images / 255, key)((0, 1, 2))) for key in ("min", "max", "mean", "std", "var")):
+    for key in ("min", "max", "mean", "std", "var"):
+        expected = getattr(images / 255, key)((0, 1, 2))
         assert np.allclose(found[key], expected, rtol=1e-9, atol=0), key  # numpy rounds as it sums
     printed = capsys.readouterr().out.splitlines()
     assert printed[:3] == ["[Noise]", " - Total Noise Images: 700", " - Tensor Shape: (3, 32, 40)"]
@@ -220,45 +318,37 @@ def test_channel_statistics_refuse_other_images(images, message):
         channel_statistics(images)
 
 
-MEASURE = """
-import pickle, re, sys
-import numpy as np
-from utils import channel_statistics
-peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
-images, start = np.empty((50000, 32, 32, 3), np.uint8), peak()
-for i in range(5):
-    batch = pickle.load(open(f"{sys.argv[1]}/cifar-10-batches-py/data_batch_{i + 1}", "rb"), encoding="bytes")
-    images[i * 10000 : (i + 1) * 10000] = batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-loaded = peak()
-channel_statistics(images)
-print(f"{loaded - start:.0f} {peak() - start:.0f}")
-"""
+def test_channel_statistics_need_less_memory_than_the_images():
+    images = np.zeros((10_000, 32, 32, 3), np.uint8)
+    tracemalloc.start()
+    channel_statistics(images)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < images.nbytes
 
 
 def test_full_data_set_agrees_with_the_published_statistics(cifar10_root, capsys):
-    files = dict(Train=[f"data_batch_{i}" for i in range(1, 6)], Test=["test_batch"])
-    for name, published in SEED_STATISTICS.items():
-        batches = [
-            pickle.loads((cifar10_root / "cifar-10-batches-py" / file).read_bytes(), encoding="bytes")
-            for file in files[name]
-        ]
-        images = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    files = {"Train": [f"data_batch_{i}" for i in range(1, 6)], "Test": ["test_batch"]}
+    for name, published in PUBLISHED_STATISTICS.items():
+        batches = []
+        for file in files[name]:
+            content = (cifar10_root / "cifar-10-batches-py" / file).read_bytes()
+            batches.append(pickle.loads(content, encoding="bytes"))
+        images = np.concatenate([batch[b"data"] for batch in batches])
+        images = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         found = channel_statistics(images, name)
         assert found["min"] == (0.0,) * 3 and found["max"] == (1.0,) * 3
-        for key, expected in published.items():  # the published figures were summed in float32
+        for key, expected in published.items():
             assert np.abs(np.subtract(found[key], expected)).max() < 1e-6, (name, key)
         if name == "Train":
             assert found["mean"] == MEAN and found["std"] == STD
         labels = np.concatenate([batch[b"labels"] for batch in batches])
         assert np.bincount(labels).tolist() == [len(images) // 10] * 10
     assert " - Total Test Images: 10000" in capsys.readouterr().out
-    command = [sys.executable, "-c", MEASURE, str(cifar10_root)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=REPOSITORY).stdout
-    assert int(output.split()[-1]) < 500, "MB, the 150 MB of images included"
 
 
 class Lookup(nn.Module):
-    """Logits are the channel means of the image: what it answers can be written down."""
+    """The logits are the channel means of the image, so every answer is known."""
 
     def __init__(self):
         super().__init__()
@@ -280,12 +370,16 @@ def test_predictions_run_in_evaluation_mode_and_restore_every_module():
     model.norm.eval()
     found, probabilities = predictions(model, iter(loader))
     assert torch.equal(found, targets) and found.dtype == torch.int64
-    assert torch.allclose(probabilities, logits.softmax(1), atol=1e-4) and probabilities.dtype == torch.float32
+    assert (
+        torch.allclose(probabilities, logits.softmax(1), atol=1e-4) and probabilities.dtype == torch.float32
+    )
     assert not probabilities.requires_grad
     assert (model.training, model.norm.training, model.dropout.training) == (True, False, True)
     with pytest.raises(ValueError, match="empty loader"):
         predictions(model, [])
-    assert model.training
+    with pytest.raises(RuntimeError):
+        predictions(model, [(torch.zeros(1, 5, 4, 4), torch.zeros(1))])  # five channels are too many
+    assert (model.training, model.norm.training, model.dropout.training) == (True, False, True)
 
 
 def test_misclassified_are_sorted_by_confidence():
@@ -294,9 +388,26 @@ def test_misclassified_are_sorted_by_confidence():
     found = [(row["index"], row["target"], row["prediction"]) for row in rows]
     assert found == [(4, 1, 0), (2, 0, 2), (1, 0, 1), (3, 1, 0)]
     assert rows[1]["confidence"] == pytest.approx(math.exp(5) / (math.exp(5) + 2), abs=1e-4)
-    assert misclassified(Lookup(), loader, limit=2) == rows[:2] and misclassified(Lookup(), loader, limit=0) == []
+    assert (
+        misclassified(Lookup(), loader, limit=2) == rows[:2]
+        and misclassified(Lookup(), loader, limit=0) == []
+    )
     with pytest.raises(ValueError, match="found -1"):
         misclassified(Lookup(), loader, limit=-1)
+
+
+def test_class_accuracies_and_confusions_by_hand():
+    targets = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
+    predicted = torch.tensor([0, 1, 1, 2, 0, 1, 2, 1, 0, 0])
+    classes = ("cat", "dog", "frog", "ship")
+    accuracies = class_accuracies(targets, predicted, classes)
+    assert list(accuracies) == list(classes) and math.isnan(accuracies.pop("ship"))
+    assert accuracies == pytest.approx({"cat": 25, "dog": 100 / 3, "frog": 0})
+    # Three times cat and dog, three times cat and frog, twice dog and frog.
+    expected = [("cat", "dog", 3), ("cat", "frog", 3), ("dog", "frog", 2)]
+    assert most_confused(targets, predicted, classes) == expected
+    assert most_confused(targets, predicted, classes, limit=1) == expected[:1]
+    assert most_confused(targets, targets, classes) == []
 
 
 def test_predict_names_the_most_probable_classes():
@@ -306,8 +417,11 @@ def test_predict_names_the_most_probable_classes():
     red[..., 0], teal[..., 1], teal[..., 2] = 255, 200, 255
     (answer,) = predict(Lookup(), red, transform, names, top_k=1)
     assert answer[0][0] == "red" and answer[0][1] == pytest.approx(math.e / (math.e + 2), abs=1e-4)
-    many = predict(Lookup(), np.stack([red, teal] * 150), transform, names)  # more than one batch
-    assert [[name for name, _ in pairs] for pairs in many[-2:]] == [["red", "green", "blue"], ["blue", "green", "red"]]
+    many = predict(Lookup(), np.stack([red, teal] * 150), transform, names)  # two batches
+    assert [[name for name, _ in pairs] for pairs in many[-2:]] == [
+        ["red", "green", "blue"],
+        ["blue", "green", "red"],
+    ]
     assert len(many) == 300 and predict(Lookup(), [red, teal], transform, names) == many[:2]
     assert predict(Lookup(), [], transform, names) == []
 
@@ -323,15 +437,15 @@ def test_predict_names_the_most_probable_classes():
 def test_calibration_by_hand():
     probabilities = torch.tensor([[0.95, 0.05], [0.05, 0.95], [0.15, 0.85], [1.0, 0.0]])
     rows, error = calibration(torch.tensor([0, 0, 1, 0]), probabilities)
-    assert [row["count"] for row in rows] == [1, 3]  # 0.85 alone; 0.95 twice and 1.0, which has no bin of its own
+    assert [row["count"] for row in rows] == [1, 3]  # 0.85; then 0.95 twice and 1.0
     assert [row["accuracy"] for row in rows] == [1, pytest.approx(2 / 3)]
     assert rows[1]["confidence"] == pytest.approx((0.95 + 0.95 + 1) / 3)
     assert error == pytest.approx((abs(1 - 0.85) + abs(2 - 2.9)) / 4)
 
 
-def test_grad_cam_is_hot_where_the_class_was_seen_and_leaves_the_model_alone():
+def test_grad_cam_is_hot_at_the_class_and_the_model_stays():
     class Corners(nn.Module):
-        """Class 0 counts what is bright, class 1 what is dark."""
+        """Class 0 is the brightness of the image, class 1 its darkness."""
 
         def __init__(self):
             super().__init__()
@@ -344,8 +458,9 @@ def test_grad_cam_is_hot_where_the_class_was_seen_and_leaves_the_model_alone():
 
     model, images = Corners().train(), -torch.ones(2, 1, 8, 8)
     images[:, :, 1, 5] = 100.0
-    images[1] *= -1  # the first is named bright, the second dark
+    images[1] *= -1  # predicted: the first bright, the second dark
     heat = grad_cam(model, "map", images)
     assert heat.shape == (2, 8, 8) and heat.dtype == torch.float32
     assert (heat[:, 1, 5] == 1).all() and (heat > 0).sum() == 2
-    assert model.training and model.norm.running_mean == 0 and model.map.weight.grad is None and not model.map._forward_hooks
+    assert model.training and model.norm.running_mean == 0
+    assert model.map.weight.grad is None and not model.map._forward_hooks

@@ -1,0 +1,202 @@
+"""The way of the project that this one grew from, which the rows of bench.py call "the seed".
+
+    python benchmarks/original.py assets/teacher_history.csv assets/history.csv
+
+trains that way for as long as the runs of those histories took together. It writes assets/seed_history.csv.
+"""
+
+import copy
+import csv
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import albumentations as A
+import torch
+from albumentations.pytorch import ToTensorV2
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from checkpoint import write_csv
+from cifar10 import find_cifar10
+from dataset import MEAN, STD, AlbumentationsCIFAR10, AlbumentationsImages, test_transform, train_transform
+from model import Net
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def cifar10_images(train: bool) -> AlbumentationsCIFAR10:
+    """All training or test images, with this repository's transform."""
+    root = find_cifar10(os.environ.get("CIFAR10_ROOT") or ROOT / "data", "full")
+    return AlbumentationsCIFAR10(root, train, train_transform() if train else test_transform())
+
+
+# ---------------------------------------------------------------- augmentation
+
+
+def albumentations_transform() -> A.Compose:
+    return A.Compose(
+        [
+            A.HorizontalFlip(),
+            A.Rotate(15),
+            # In place of ShiftScaleRotate, which is deprecated:
+            A.Affine(translate_percent=(-0.1, 0.1), scale=(0.9, 1.1), rotate=(-15, 15), p=0.5),
+            A.RandomBrightnessContrast(p=0.1),
+            A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(8, 8), hole_width_range=(8, 8)),
+            A.Normalize(MEAN, STD),
+            ToTensorV2(),
+        ]
+    )
+
+
+def torchvision_transform() -> v2.Compose:
+    """The same augmentation with torchvision."""
+    bilinear = v2.InterpolationMode.BILINEAR
+    return v2.Compose(
+        [
+            v2.ToImage(),
+            v2.RandomHorizontalFlip(),
+            v2.RandomApply([v2.RandomRotation(15, bilinear)]),
+            v2.RandomApply([v2.RandomAffine(15, (0.1, 0.1), (0.9, 1.1), interpolation=bilinear)]),
+            v2.RandomApply([v2.ColorJitter(0.2, 0.2)], 0.1),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.RandomErasing(0.5, (1 / 16, 1 / 16), (1, 1)),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+
+
+def kornia_transform() -> nn.Module:
+    """The same augmentation with Kornia, for float batches (N, 3, H, W) in [0, 1]."""
+    import kornia.augmentation as K
+
+    return K.AugmentationSequential(
+        K.RandomHorizontalFlip(),
+        K.RandomRotation(15),
+        K.RandomAffine(15, (0.1, 0.1), (0.9, 1.1)),
+        K.ColorJitter(0.2, 0.2, p=0.1),
+        K.RandomErasing((1 / 16, 1 / 16), (1, 1), p=0.5),
+        K.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
+    )
+
+
+# ---------------------------------------------------------------- training
+
+
+def build_loaders(images: AlbumentationsImages, tests: AlbumentationsImages) -> list[DataLoader]:
+    """Training and test batches of 1024, one image after another in two workers."""
+    images = copy.copy(images)
+    images.transform = albumentations_transform()
+    workers = {"num_workers": 2, "persistent_workers": True}
+    return [DataLoader(images, 1024, shuffle=True, **workers), DataLoader(tests, 1024, **workers)]
+
+
+def build_net() -> tuple[Net, torch.optim.Optimizer]:
+    """The network with torch's own starting weights, and SGD at the first rate of the original schedule."""
+    net = Net(dropout=0.1)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.reset_parameters()
+    net.to(DEVICE)
+    return net, torch.optim.SGD(net.parameters(), lr=0.004, momentum=0.9, weight_decay=1e-4)
+
+
+def train_step(
+    net: Net, optimizer: torch.optim.Optimizer, images: torch.Tensor, targets: torch.Tensor
+) -> None:
+    loss = F.nll_loss(net(images).log_softmax(1), targets)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    loss.item()  # for the progress bar, which makes the processor wait for a GPU
+
+
+def train_and_test(
+    net: Net,
+    loaders: list[DataLoader],
+    optimizer: torch.optim.Optimizer,
+    after_step: Callable[[], bool] = lambda: False,
+) -> float:
+    """Train for an epoch, then test. Returns the test accuracy in percent.
+
+    If `after_step()` returns True, the training ends there.
+    """
+    net.train()
+    for images, targets in loaders[0]:
+        train_step(net, optimizer, images.to(DEVICE), targets.to(DEVICE))
+        if after_step():
+            break
+    net.eval()
+    correct = 0
+    with torch.no_grad():
+        for images, targets in loaders[1]:
+            predictions = net(images.to(DEVICE)).argmax(1).cpu()
+            correct += (predictions == targets).sum().item()
+    return 100 * correct / len(loaders[1].dataset)
+
+
+# ---------------------------------------------------------------- accuracy after so many seconds
+
+
+class TimedOneCycle:
+    """The original one-cycle schedule, over a number of seconds instead of a number of steps."""
+
+    parts = 10_000
+
+    def __init__(self, optimizer: torch.optim.Optimizer, seconds: float):
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, self.parts)
+        self.seconds = seconds
+        self.start = time.perf_counter()
+        self.bar = tqdm(total=round(seconds), desc="the original project's way", unit="s")
+
+    def passed(self) -> float:
+        return time.perf_counter() - self.start
+
+    def step(self) -> bool:
+        """Set the learning rate of this moment. Returns whether the time is over."""
+        passed = self.passed()
+        part = min(self.parts * passed / self.seconds, self.parts - 1)
+        while self.scheduler.last_epoch < part:
+            self.scheduler.step()
+        self.bar.update(min(round(passed), self.bar.total) - self.bar.n)
+        return passed > self.seconds
+
+
+def race(images: AlbumentationsImages, tests: AlbumentationsImages, seconds: float) -> list[dict]:
+    """Train for this time. Returns a row for each epoch; the last one is usually part of an epoch."""
+    torch.manual_seed(0)
+    net, optimizer = build_net()
+    loaders = build_loaders(images, tests)
+    schedule = TimedOneCycle(optimizer, seconds)
+    rows = []
+    with schedule.bar as bar:
+        while schedule.passed() < seconds:
+            # Without this, an image would get the same augmentation in every epoch.
+            loaders[0].dataset.set_epoch(len(rows) + 1)
+            accuracy = train_and_test(net, loaders, optimizer, schedule.step)
+            rows.append({"epoch": len(rows) + 1, "test_accuracy": accuracy, "seconds": schedule.passed()})
+            bar.set_postfix(epoch=len(rows), test=f"{accuracy:.2f} %")
+    return rows
+
+
+def main(histories: list[str]) -> None:
+    if not histories:
+        sys.exit("expected the history files of a run, found none: name assets/history.csv, say")
+    seconds = 0.0
+    for history in histories:
+        with open(history) as file:
+            seconds += sum(float(row["seconds"]) for row in csv.DictReader(file))
+    rows = race(cifar10_images(train=True), cifar10_images(train=False), seconds)
+    write_csv(rows, ROOT / "assets" / "seed_history.csv")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

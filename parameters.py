@@ -1,0 +1,81 @@
+"""The notebook's parameters: which values they may have, and the folder of the run that they name.
+
+Needs the standard library alone, so that a typing error costs a second.
+"""
+
+import importlib.util
+import subprocess
+from pathlib import Path
+
+# The default, the smallest and the largest value.
+PARAMETERS = {
+    "EPOCHS": (100, 1, 10_000),
+    "TEACHER_EPOCHS": (20, 0, 10_000),
+    "TEMPERATURE": (2.0, 0.1, 100.0),
+    "VIEWS": (20, 1, 10_000),
+    "BATCH_SIZE": (256, 2, 50_000),
+    "LEARNING_RATE": (0.015, 1e-6, 100.0),
+    "SGD_LEARNING_RATE": (0.2, 1e-6, 100.0),
+    "WEIGHT_DECAY": (5e-4, 0.0, 1.0),
+    "DROPOUT": (0.0, 0.0, 0.99),
+    "EMA_DECAY": (0.995, 0.0, 0.99999),
+    "SEED": (0, 0, 2**32 - 1),
+    "RESUME": (True, False, True),
+}
+TEXTS = {"DATA": "auto", "DATA_ROOT": ""}
+PACKAGES = ("albumentations", "filelock", "safetensors", "torch", "torchsummary", "torchvision", "xlsxwriter")
+
+
+def check_parameters(values: dict[str, object]) -> None:
+    """Raise ValueError if a parameter is unknown, of the wrong type or out of range.
+
+    `values` is the notebook's `globals()`. Unknown names are noticed only before the notebook imports torch:
+    until then, parameters are its only numbers and texts.
+    """
+    known = [*PARAMETERS, *TEXTS]
+    if "torch" not in values:
+        for name, value in values.items():
+            if name not in known and not name.startswith("_") and isinstance(value, (int, float, str)):
+                raise ValueError(f"unknown parameter {name}: expected {', '.join(known)}")
+    for name, (_, low, high) in PARAMETERS.items():
+        value = values[name]
+        if not isinstance(value, (int, type(low))) or not low <= value <= high:
+            kind = type(low).__name__
+            raise ValueError(f"expected {name} to be {kind} from {low} to {high}, found {value!r}")
+    if values["DATA"] not in ("auto", "full", "sample"):
+        raise ValueError(f"expected DATA to be 'auto', 'full' or 'sample', found {values['DATA']!r}")
+    if not isinstance(values["DATA_ROOT"], str):
+        raise ValueError(f"expected DATA_ROOT to be a folder's name, found {values['DATA_ROOT']!r}")
+
+
+def check_installed() -> None:
+    """Raise ModuleNotFoundError for the first package that the notebook misses, and say how to add it."""
+    for name in PACKAGES:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"expected the package {name}, found none: pip install {name}", name=name)
+
+
+def run_folder(values: dict[str, object], is_sample: bool) -> Path:
+    """The folder of a run with these parameters, such as runs/100-epochs-seed-0-batch-size-128; it is made.
+
+    Epochs and seed are always in the name, other parameters if they differ from the default. RESUME, DATA
+    and DATA_ROOT tell no runs apart.
+    """
+    name = f"{'sample-' if is_sample else ''}{values['EPOCHS']}-epochs-seed-{values['SEED']}"
+    for parameter, (default, _, _) in PARAMETERS.items():
+        if parameter not in ("EPOCHS", "SEED", "RESUME") and values[parameter] != default:
+            name += f"-{parameter.lower().replace('_', '-')}-{values[parameter]}"
+    folder = Path("runs") / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def describe_commit() -> str:
+    """The commit of this code in at least 12 digits, with "-dirty" after edits; "unknown" without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    folder = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
