@@ -1,15 +1,9 @@
 """Questions asked of a model or a data set, whichever they are. No answer changes the model."""
 
 import copy
-import importlib.util
-import io
-import itertools
 import random
 import re
-import subprocess
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,62 +15,6 @@ from hardware import evaluation_mode, split_for_cache
 
 Size = tuple[int, int, int]  # (channels, height, width) of one input
 SIZE = (3, 32, 32)
-
-# ---------------------------------------------------------------- a run
-
-LIMITS = {  # the smallest and the largest value of the notebook's parameters
-    "EPOCHS": (1, 10_000),
-    "TEACHER_EPOCHS": (0, 10_000),
-    "TEMPERATURE": (0.1, 100.0),
-    "VIEWS": (1, 10_000),
-    "BATCH_SIZE": (2, 50_000),
-    "LEARNING_RATE": (1e-6, 100.0),
-    "SGD_LEARNING_RATE": (1e-6, 100.0),
-    "WEIGHT_DECAY": (0.0, 1.0),
-    "DROPOUT": (0.0, 0.99),
-    "EMA_DECAY": (0.0, 0.99999),
-    "SEED": (0, 2**32 - 1),
-    "RESUME": (False, True),
-}
-
-
-def check_parameters(values: dict[str, object]) -> None:
-    """Raises ValueError if a parameter of the notebook is unknown, of the wrong type or out of range.
-
-    `values` is the notebook's `globals()`. Unknown names are found only before the notebook imports torch:
-    until then, parameters are its only numbers and texts.
-    """
-    if "torch" not in values:
-        plain = {name for name, value in values.items() if isinstance(value, (int, float, str))}
-        parameters = {name for name in plain if not name.startswith("_")}
-        unknown = ", ".join(sorted(parameters - LIMITS.keys() - {"DATA", "DATA_ROOT"}))
-        if unknown:
-            expected = f"{', '.join(LIMITS)}, DATA or DATA_ROOT"
-            raise ValueError(f"unknown parameter {unknown}: expected {expected}")
-    for name, (low, high) in LIMITS.items():
-        value = values[name]
-        if not isinstance(value, (int, type(low))) or not low <= value <= high:
-            kind = type(low).__name__
-            raise ValueError(f"expected {name} to be {kind} from {low} to {high}, found {value!r}")
-
-
-def check_installed(*names: str) -> None:
-    """Raises ModuleNotFoundError for the first package that is not installed, and says how to add it."""
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            how = f"pip install {name} adds it to what is there"
-            raise ModuleNotFoundError(f"expected the module {name}, found none: {how}", name=name)
-
-
-def describe_commit() -> str:
-    """The commit of this code in at least 12 digits, with "-dirty" after edits; "unknown" without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    folder = Path(__file__).resolve().parent
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
 
 
 def set_seed(seed: int) -> None:
@@ -125,23 +63,25 @@ def receptive_field(model: nn.Module, input_size: Size = SIZE) -> list[dict]:
         rf_out   = rf_in + (kernel - 1) * dilation * jump_in
         jump_out = jump_in * stride
 
-    torch.fx traces the model, so branches count: a layer that joins them takes the largest receptive field.
-    A global or adaptive pool, or flattening, sees the whole map. The layers after it have no row.
+    torch.fx traces the model, so branches count: a layer that joins them takes the largest
+    receptive field. A global or adaptive pool, or flattening, sees the whole map. The layers
+    after it have no row.
 
-    Paper: Araujo, Norris and Sim 2019, Computing Receptive Fields of Convolutional Neural Networks, Distill.
+    Paper: Araujo, Norris and Sim 2019, Computing Receptive Fields of Convolutional Neural
+    Networks, Distill.
 
     Args:
         model: has one input, and no control flow that depends on the data.
         input_size: (channels, side, side) of one input.
 
     Returns:
-        One dict a layer. `name` is dotted; the other values are integers. `kernel`, `stride`, `padding`,
-        `dilation`, `size_in` and `size_out` are in pixels of the layer's own map. `jump_in`, `jump_out`,
-        `rf_in` and `rf_out` are in pixels of the model's input.
+        One dict a layer. `name` is dotted; the other values are integers. `kernel`, `stride`,
+        `padding`, `dilation`, `size_in` and `size_out` are in pixels of the layer's own map.
+        `jump_in`, `jump_out`, `rf_in` and `rf_out` are in pixels of the model's input.
 
     Raises:
-        ValueError: a map or a window is not square, or another operation changes the size of the map.
-            The message names it.
+        ValueError: a map or a window is not square, or another operation changes the size of the
+            map. The message names it.
     """
     if len(input_size) != 3 or input_size[1] != input_size[2]:
         found = tuple(input_size)
@@ -187,117 +127,14 @@ def receptive_field(model: nn.Module, input_size: Size = SIZE) -> list[dict]:
     return rows
 
 
-# ---------------------------------------------------------------- workbook
-
-COLUMNS = ("name", "kernel", "stride", "padding", "dilation")
-COLUMNS += ("size_in", "size_out", "jump_in", "jump_out", "rf_in", "rf_out")
-LETTERS = "ABCDEFGHIJK"  # of the columns
-HEADER = 5  # the row of the headings; the image is in the next row, and the layers follow
-TINTS = ("DDEBF7", "E2EFDA", "FFF2CC", "FCE4D6", "EDE7F6")
-EXPLANATION = """\
-rf out = rf in + (kernel − 1) · dilation · jump in        jump out = jump in · stride        \
-size out = ⌊(size in + 2 · padding − dilation · (kernel − 1) − 1) / stride⌋ + 1
-Blue: read from the model. Black: computed by the formulas above. Jump and receptive field (rf) are in \
-pixels of the image, size out in pixels of the layer's output, the rest in pixels of its input.
-With the dilation left out of rf out, the last cell would say (wrong wherever a dilation is not 1):"""
-FORMULAS = {  # of row {r}; {p} is the row above it
-    "size_in": "=G{p}",
-    "size_out": "=INT((F{r}+2*D{r}-E{r}*(B{r}-1)-1)/C{r})+1",
-    "jump_in": "=I{p}",
-    "jump_out": "=H{r}*C{r}",
-    "rf_in": "=K{p}",
-    "rf_out": "=J{r}+(B{r}-1)*E{r}*H{r}",
-}
-
-
-def write_receptive_field_workbook(model: nn.Module, path: str | Path, input_size: Size = SIZE) -> None:
-    """Writes `receptive_field(model, input_size)` as an .xlsx file whose computed cells are live formulas.
-
-    The last cell is the receptive field of the last layer. Layers of one part of the model share a colour.
-    The same model gives the same bytes. `path` is replaced, and never holds half a file.
-
-    Raises:
-        ValueError: the model has no layers, has branches, or has a pool that rounds its size up.
-    """
-    import xlsxwriter  # here, so that the other functions work without it
-
-    from checkpoint import write_file  # here, because it needs safetensors
-
-    image = {"name": "image", "size_out": input_size[1], "jump_out": 1, "rf_out": 1}
-    rows = [image, *receptive_field(model, input_size)]
-    check_chain(rows)
-    content = io.BytesIO()
-    with xlsxwriter.Workbook(content, {"in_memory": True}) as book:
-        author = "utils.write_receptive_field_workbook"
-        book.set_properties({"author": author, "created": datetime(1980, 1, 1)})  # not now: files stay equal
-        title = f"Receptive field of {type(model).__name__}, layer by layer"
-        fill_sheet(book, book.add_worksheet("Receptive field"), title, rows)
-    write_file(path, content.getvalue())
-
-
-def check_chain(rows: list[dict]) -> None:
-    """Raises ValueError unless each row is fed by the row before it and rounds its size down."""
-    if len(rows) < 2:
-        raise ValueError("expected a model with convolutions or pools, found none: there is nothing to write")
-    for before, row in itertools.pairwise(rows):
-        chained = all(row[f"{key}_in"] == before[f"{key}_out"] for key in ("size", "jump", "rf"))
-        reach = row["size_in"] + 2 * row["padding"] - row["dilation"] * (row["kernel"] - 1) - 1
-        if not chained or row["size_out"] != reach // row["stride"] + 1:
-            found = f"{row['name']}, which is not fed by the layer before it or rounds up"
-            raise ValueError(
-                f"expected a chain of layers that round down, found {found}: use receptive_field"
-            )
-
-
-def fill_sheet(book, sheet, title: str, rows: list[dict]) -> None:
-    """Writes the explanation, the headings, the image and the layers to an XlsxWriter sheet."""
-
-    def style(**changes):
-        font = {"font_name": "Calibri", "font_size": 11, "font_color": "#000000"}
-        return book.add_format({**font, "align": "center", "valign": "vcenter", **changes})
-
-    first, last = HEADER + 2, HEADER + len(rows)
-    sheet.write_string("A1", title, style(bold=True, font_size=16, align="left"))
-    for r, text in enumerate(EXPLANATION.splitlines(), 2):
-        color = "#C00000" if r == 4 else "#000000"
-        sheet.write_string(f"A{r}", text, style(align="left", font_color=color))
-    undilated = 1 + sum((row["kernel"] - 1) * row["jump_in"] for row in rows[1:])
-    formula = f"=K{first - 1}+SUMPRODUCT(B{first}:B{last}-1,H{first}:H{last})"
-    sheet.write_formula("K4", formula, style(font_color="#C00000"), undilated)
-
-    for letter, key in zip(LETTERS, COLUMNS):
-        heading, width, align = f"{key.replace('_', ' ')} (px)", len(key) + 8, "center"
-        if key == "name":
-            heading, width, align = "layer", max(len(row["name"]) for row in rows[1:]) + 4, "left"
-        heading_style = style(bold=True, font_color="#FFFFFF", bg_color="#1F3864", align=align)
-        sheet.write_string(f"{letter}{HEADER}", heading, heading_style)
-        sheet.set_column_pixels(f"{letter}:{letter}", 7 * width)  # a character of Calibri 11 has 7 pixels
-
-    tints = {"image": "F2F2F2"}
-    for r, row in enumerate(rows, HEADER + 1):
-        tint = tints.setdefault(row["name"].split(".")[0], TINTS[(len(tints) - 1) % len(TINTS)])
-        sheet.write_string(f"A{r}", row["name"], style(bg_color=tint, align="left"))
-        for letter, key in zip(LETTERS[1:], COLUMNS[1:]):
-            if key in FORMULAS and row is not rows[0]:
-                formula = FORMULAS[key].format(r=r, p=r - 1)
-                computed = style(bg_color=tint, bold=key == "rf_out")
-                sheet.write_formula(f"{letter}{r}", formula, computed, row[key])
-            else:
-                sheet.write(f"{letter}{r}", row.get(key), style(bg_color=tint, font_color="#0000FF"))
-    for r in range(last):
-        points = 26 if r in (0, HEADER - 1) else 18
-        sheet.set_row_pixels(r, points / 0.75)
-    sheet.freeze_panes(HEADER, 1)
-
-
 # ---------------------------------------------------------------- data and predictions
 
 
 def channel_statistics(images, name: str = "Train") -> dict[str, tuple[float, ...]]:
     """Prints and returns min, max, mean, std and var of each channel of images / 255.
 
-    The results are exact: integers are summed, and divided once in float64. The variance is the population's
-    (divided by the number of pixels). A few megabytes are needed beside the images.
+    The results are exact: integers are summed, and divided once in float64. The variance is the
+    population's (divided by the number of pixels). A few megabytes are needed beside the images.
 
     Args:
         images: uint8 (N, H, W, 3), N at least 1, RGB, an array or a tensor.
@@ -342,7 +179,8 @@ def channel_statistics(images, name: str = "Train") -> dict[str, tuple[float, ..
 def predictions(model: nn.Module, loader: Iterable) -> tuple[torch.Tensor, torch.Tensor]:
     """Targets int64 (N,) and softmax probabilities float32 (N, classes) of a whole loader, on the CPU.
 
-    The model runs in evaluation mode on its own device. Afterwards each module has its own mode again.
+    The model runs in evaluation mode on its own device. Afterwards each module has its own mode
+    again.
 
     Args:
         model: images (N, C, H, W) to logits (N, classes).
@@ -401,8 +239,8 @@ def most_confused(
 ) -> list[tuple[str, str, int]]:
     """The pairs of classes with the most mistakes: (class, class, mistakes in both directions), most first.
 
-    Equal pairs keep the order of the classes. Pairs without mistakes are left out. Both tensors are class
-    indices (N,).
+    Equal pairs keep the order of the classes. Pairs without mistakes are left out. Both tensors
+    are class indices (N,).
     """
     pairs = torch.minimum(targets, predicted) * len(classes) + torch.maximum(targets, predicted)
     mistakes = torch.bincount(pairs[targets != predicted], minlength=len(classes) ** 2)
@@ -428,8 +266,8 @@ def predict(
         top_k: 1 to len(classes); by default 3, or all if there are fewer.
 
     Raises:
-        ValueError: top_k is out of range, classes and logits differ in number, or the transform refuses an
-            image. The message has the image's place in the list.
+        ValueError: top_k is out of range, classes and logits differ in number, or the transform
+            refuses an image. The message has the image's place in the list.
         FileNotFoundError: a path leads to no file.
     """
     count = len(classes)
@@ -471,8 +309,9 @@ def calibration(targets: torch.Tensor, probabilities: torch.Tensor) -> tuple[lis
         targets, probabilities: as `predictions` returns them, for at least one image.
 
     Returns:
-        One dict for each tenth of [0, 1] with images: `count`, and the means `confidence` and `accuracy`.
-        The expected calibration error in [0, 1]: |confidence - accuracy|, weighted by the counts.
+        One dict for each tenth of [0, 1] with images: `count`, and the means `confidence` and
+        `accuracy`. The expected calibration error in [0, 1]: |confidence - accuracy|, weighted by
+        the counts.
     """
     confidence, predicted = probabilities.double().max(1)
     right = (predicted == targets).double()
@@ -495,8 +334,8 @@ def grad_cam(model: nn.Module, layer: str, images: torch.Tensor) -> torch.Tensor
         images: float (N, C, H, W), as the model takes them.
 
     Returns:
-        float32 (N, H, W) on the CPU, in [0, 1]. The maximum of each image is 1. If nothing speaks for the
-        predicted class, the whole image is 0.
+        float32 (N, H, W) on the CPU, in [0, 1]. The maximum of each image is 1. If nothing speaks
+        for the predicted class, the whole image is 0.
     """
     probe = evaluation_copy(model)
     images = images.detach().cpu().float().requires_grad_()  # a frozen model has no other gradients

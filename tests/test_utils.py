@@ -4,7 +4,6 @@ import copy
 import math
 import pickle
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -18,21 +17,15 @@ import pytest
 import torch
 import torchvision
 from albumentations.pytorch import ToTensorV2
-from conftest import REPOSITORY
 from torch import nn
 
-import utils
+from conftest import REPOSITORY
 from dataset import MEAN, STD
 from model import Net
 from utils import (
-    COLUMNS,
-    HEADER,
     calibration,
     channel_statistics,
-    check_installed,
-    check_parameters,
     class_accuracies,
-    describe_commit,
     grad_cam,
     misclassified,
     model_summary,
@@ -41,8 +34,8 @@ from utils import (
     predictions,
     receptive_field,
     set_seed,
-    write_receptive_field_workbook,
 )
+from workbook import COLUMNS, HEADER, write_receptive_field_workbook
 
 WORKBOOK = REPOSITORY / "RF Calculations.xlsx"
 PUBLISHED_STATISTICS = {  # of the original project, which summed in float32
@@ -59,67 +52,14 @@ PUBLISHED_STATISTICS = {  # of the original project, which summed in float32
 }
 
 
-PARAMETERS = {
-    "EPOCHS": 100, "TEACHER_EPOCHS": 20, "TEMPERATURE": 2.0, "VIEWS": 20, "BATCH_SIZE": 256,
-    "LEARNING_RATE": 0.015, "SGD_LEARNING_RATE": 0.2, "WEIGHT_DECAY": 5e-4, "DROPOUT": 0.0,
-    "EMA_DECAY": 0.995, "SEED": 0, "RESUME": True, "DATA": "auto", "DATA_ROOT": "",
-}  # fmt: skip
-
-
 def lines(text):
     return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
-
-
-def test_parameters_of_a_fresh_notebook_pass():
-    notebook = {"__name__": "__main__", "_i1": "code", "In": [], "json": math}  # what Jupyter adds
-    check_parameters(PARAMETERS | notebook)
-    check_parameters(PARAMETERS | {"TEMPERATURE": 3, "RESUME": 0})  # whole numbers serve as floats
-    check_parameters(PARAMETERS | {"torch": torch, "note": "a variable"})  # the cell runs a second time
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"EPOCHS": 0}, "expected EPOCHS to be int from 1 to 10000, found 0"),
-        ({"EPOCHS": "many"}, "expected EPOCHS to be int from 1 to 10000, found 'many'"),
-        ({"EPOCHS": 2.0}, "expected EPOCHS to be int from 1 to 10000, found 2.0"),
-        ({"DROPOUT": 1.0}, "expected DROPOUT to be float from 0.0 to 0.99, found 1.0"),
-        ({"LEARNING_RATE": math.nan}, "expected LEARNING_RATE to be float from 1e-06 to 100.0, found nan"),
-        ({"RESUME": 2}, "expected RESUME to be bool from False to True, found 2"),
-        ({"EPOCH": 3, "BATCH": 4}, "unknown parameter BATCH, EPOCH: expected EPOCHS, TEACHER_EPOCHS, "),
-    ],
-)
-def test_wrong_parameters_are_named(changes, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        check_parameters(PARAMETERS | changes)
-
-
-def test_missing_package_is_named():
-    check_installed("numpy", "torch")
-    with pytest.raises(ModuleNotFoundError, match="module no_such_package, found none: pip install no_such"):
-        check_installed("numpy", "no_such_package")
 
 
 def test_utils_can_be_imported_while_packages_are_missing():
     missing = ["albumentations", "filelock", "safetensors", "torchsummary", "xlsxwriter"]
     code = f"import sys; sys.modules |= dict.fromkeys({missing}); import utils"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
-
-
-def test_commit_is_described(tmp_path, monkeypatch):
-    file = tmp_path / "utils.py"
-    monkeypatch.setattr(utils, "__file__", str(file))
-    assert describe_commit() == "unknown"  # a folder without git
-    file.write_text("old")
-    author = ["-c", "user.name=A", "-c", "user.email=a@b.c"]
-    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "first"]):
-        subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    commit = describe_commit()
-    assert re.fullmatch("[0-9a-f]{12,}", commit)
-    file.write_text("new")
-    assert describe_commit() == f"{commit}-dirty"
-    monkeypatch.setenv("PATH", "")
-    assert describe_commit() == "unknown"
 
 
 def test_set_seed_seeds_three_generators():
