@@ -271,7 +271,7 @@ class ToTensor(Step):
 class Sampling:
     """Neighbouring geometric transforms, done as one: their maps are multiplied, the image is sampled once.
 
-    What the first moves out of the frame, the next may bring back.
+    One may bring back what the one before it moved out of the frame.
     """
 
     width = 6  # the first two rows of the map from the result's pixels to the image's

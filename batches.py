@@ -1,8 +1,8 @@
 """Whole batches at once, on the CPU or the GPU: Albumentations (`BatchTransform`) and two loaders.
 
-The augmentations of all images of an epoch are drawn in advance, one row of numbers for each image. They
-follow from (seed, epoch) alone. So a picture depends neither on the batch it is in, nor on the device, nor on
-the number of processes.
+The augmentations of all images of an epoch are drawn in advance, one row of numbers for each
+image. They follow from (seed, epoch) alone. So a picture depends neither on the batch it is in,
+nor on the device, nor on the number of processes.
 """
 
 import os
@@ -22,12 +22,12 @@ from batch_steps import KINDS, Geometric, Normalize, Parameters, Sampling, Size,
 class BatchTransform:
     """An Albumentations `Compose` on whole batches.
 
-    Uses the distributions that Albumentations draws from. Results are not rounded to whole pixel values
-    between transforms.
+    Uses the distributions that Albumentations draws from. Results are not rounded to whole pixel
+    values between transforms.
 
     Raises:
-        NotImplementedError: a transform has no batched form here; it is named. `AlbumentationsCIFAR10`
-            behind a `DataLoader` runs any transform.
+        NotImplementedError: a transform has no batched form here; it is named.
+            `AlbumentationsCIFAR10` behind a `DataLoader` runs any transform.
     """
 
     def __init__(self, compose: A.Compose, device: torch.device | str = "cpu"):
@@ -67,7 +67,7 @@ class BatchTransform:
         return self.pack(self.parameters(count, size, seed, epoch), count, size)
 
     def parameters(self, count: int, size: Size, seed: int, epoch: int) -> list[Parameters]:
-        """What `draw` draws, for each transform in its own units: pixels, degrees, factors."""
+        """The random parameters of each transform in its own units: pixels, degrees, factors."""
         rng = np.random.default_rng((seed, epoch))
         parameters = []
         for stage in self.stages:
@@ -124,9 +124,10 @@ class BatchTransform:
 class BatchLoader:
     """Batches of images in memory, augmented on the device: (float32 (B, 3, H, W), int64 (B,)). No workers.
 
-    Shuffled, every epoch has a new order, by (seed, epoch), and a last batch of a single image, which batch
-    norm cannot train on, is left out. Of several `processes`, process `rank` gets every so many-th image of
-    each batch, augmented as one process alone would have it. Shuffled, all get equally many.
+    Shuffled, every epoch has a new order, by (seed, epoch), and a last batch of a single image,
+    which batch norm cannot train on, is left out. Of several `processes`, process `rank` gets
+    every so many-th image of each batch, augmented as one process alone would have it. Shuffled,
+    all get equally many.
 
     Args:
         images: has uint8 `data` (N, H, W, 3), `targets`, a `transform` and a `seed`: AlbumentationsImages.
@@ -135,8 +136,8 @@ class BatchLoader:
         device: where the images stay, and where the batches are.
 
     Raises:
-        ValueError: a batch size below 1, or one that the processes cannot share equally; no transform; images
-            of another size than the transform's.
+        ValueError: a batch size below 1, or one that the processes cannot share equally; no
+            transform; images of another size than the transform's.
         NotImplementedError: the transform is none for `BatchTransform`.
     """
 
@@ -187,7 +188,7 @@ class BatchLoader:
         return -(-len(range(len(self.images))[self.share]) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for images, indices in self.augmented(self.order()):
+        for images, indices in self.augmented(self.order(), self.batch_size):
             yield images, self.targets[indices]
 
     def order(self) -> torch.Tensor:
@@ -198,23 +199,23 @@ class BatchLoader:
         rng = np.random.default_rng((self.seed, self.epoch, 1))
         return torch.from_numpy(rng.permutation(count))[self.share]
 
-    def augmented(self, order: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def augmented(self, order: torch.Tensor, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of the augmented images in this order, with their indices."""
         size = tuple(self.images.shape[1:3])
         table = self.transform.draw(len(self.images), size, self.seed, self.view)
         # About a thousand images at once: a small batch costs as much in calls as in pixels.
-        block = self.batch_size * max(1, 1024 // self.batch_size)
+        block = batch_size * max(1, 1024 // batch_size)
         for indices in order.to(self.images.device).split(block):
             images = self.transform(self.images.index_select(0, indices), table.index_select(0, indices))
-            yield from zip(images.split(self.batch_size), indices.split(self.batch_size))
+            yield from zip(images.split(batch_size), indices.split(batch_size))
 
 
 class TaughtLoader:
     """The batches of a BatchLoader with a teacher's answers: (images, targets, answers).
 
-    The teacher must see the very pictures that are learnt from. To spare it time, the augmentations of the
-    first `views` epochs come again and again, in new orders, and its answers to them are kept. Each process
-    asks for itself.
+    The teacher must see the very pictures that are learnt from. To spare it time, the
+    augmentations of the first `views` epochs come again and again, in new orders, and its answers
+    to them are kept. Each process asks for itself.
 
     Args:
         teacher: a function of images (B, 3, H, W) that returns a tensor (B, ...), such as probabilities.
@@ -238,17 +239,19 @@ class TaughtLoader:
         if self.view in self.answers:
             return
         count = len(self.loader.images)
-        batches = self.loader.augmented(torch.arange(count))
-        total = -(-count // self.loader.batch_size)
-        bar = tqdm(batches, "Teacher", total, file=sys.stdout, leave=False, delay=2)
+        batches = self.loader.augmented(torch.arange(count), 1024)
+        bar = tqdm(
+            batches, "Teacher", -(-count // 1024), file=sys.stdout, leave=False, delay=2, mininterval=0.5
+        )
         self.answers[self.view] = torch.cat([self.teacher(images) for images, _ in bar])
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        if not self.answers:  # a loop that counts no epochs
+        if self.loader.epoch == 0:  # a loop that counts no epochs
             self.set_epoch(1)
+        self.ask()  # again, if it was interrupted
         answers = self.answers[self.view]  # of this view, even if another epoch is set meanwhile
-        for images, indices in self.loader.augmented(self.loader.order()):
+        for images, indices in self.loader.augmented(self.loader.order(), self.loader.batch_size):
             yield images, self.loader.targets[indices], answers[indices]

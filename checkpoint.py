@@ -1,7 +1,7 @@
 """Training runs on disk: checkpoints that survive crashes, and that know which run they belong to.
 
-A checkpoint is written beside the old one and renamed into place, so `path` never holds half a file. The
-checkpoint before it is kept as NAME.previous.EXT. Reading a checkpoint never runs code.
+A checkpoint is written beside the old one and renamed into place, so `path` never holds half a
+file. The checkpoint before it is kept as NAME.previous.EXT. Reading a checkpoint never runs code.
 """
 
 import csv
@@ -220,7 +220,8 @@ def save_checkpoint(state: dict, path: Path) -> None:
     """Write the state to `path`; what was there before moves to `previous(path)`.
 
     Raises:
-        TypeError: the state could be written but not read back, because it holds NumPy numbers, say.
+        TypeError: the state could be written but not read back, because it holds NumPy numbers,
+            say.
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)  # into memory first: torch reports a full disk as a RuntimeError
@@ -333,8 +334,8 @@ def save_weights(model: nn.Module, path: str | Path, metadata: dict[str, str]) -
     write_file(path, save(state, metadata))
 
 
-def save_figure(figure, path: str | Path, dpi: int = 150) -> None:
+def save_figure(figure, path: str | Path) -> None:
     """Write a matplotlib figure as PNG."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=dpi)
+    figure.savefig(content, format="png", dpi=150)
     write_file(path, content.getvalue())

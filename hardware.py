@@ -1,4 +1,4 @@
-"""What the machine at hand is good at: precision, compilation, CUDA graphs, memory. For any image model."""
+"""Speed on the machine at hand: precision, compilation, CUDA graphs, memory. For any image model."""
 
 import contextlib
 import copy
@@ -14,7 +14,7 @@ import torch
 from torch import distributed, nn
 
 Network = Callable[[torch.Tensor], torch.Tensor]  # images (B, C, H, W) to logits (B, classes)
-Step = Callable[..., torch.Tensor]  # learns from a batch (images, targets, ...); returns its logits
+StepFunction = Callable[..., torch.Tensor]  # learns from a batch (images, targets, ...); returns its logits
 
 
 # ---------------------------------------------------------------- precision
@@ -24,8 +24,8 @@ Step = Callable[..., torch.Tensor]  # learns from a batch (images, targets, ...)
 def precision(device: torch.device) -> torch.dtype:
     """bfloat16 if the hardware is faster with it, else float32.
 
-    A GPU is judged by its generation. A CPU is timed, because some list the bfloat16 instructions and
-    run them no faster than float32.
+    A GPU is judged by its generation. A CPU is measured, because some list the bfloat16
+    instructions and run them no faster than float32.
     """
     if device.type == "cuda":
         capable = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -35,19 +35,36 @@ def precision(device: torch.device) -> torch.dtype:
 
 
 def cpu_is_fast_in_bfloat16() -> bool:
-    """Whether a matrix product takes less than 0.7 of float32's time; rank 0's answer in every process."""
+    """Whether a matrix product takes less than 0.7 of float32's time; rank 0's answer in every process.
+
+    Measures the processor time of one thread, which does not depend on what else the machine does.
+    """
     half, full = (torch.ones(512, 512, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
-    half_seconds, full_seconds = [], []
-    end = time.perf_counter() + 0.1
-    # The two take turns, so that a busy moment of the machine slows both. The first round warms up.
-    while len(full_seconds) < 3 or time.perf_counter() < end:
-        half_seconds.append(timeit.timeit(lambda: half @ half, number=1))
-        full_seconds.append(timeit.timeit(lambda: full @ full, number=1))
-    # If there is a difference, it is large. The margin keeps two runs on one machine from disagreeing.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        half_seconds, full_seconds = [], []
+        for _ in range(10):  # the first round warms up
+            half_seconds.append(timeit.timeit(lambda: half @ half, timer=time.thread_time, number=1))
+            full_seconds.append(timeit.timeit(lambda: full @ full, timer=time.thread_time, number=1))
+    finally:
+        torch.set_num_threads(threads)
+    # If there is a difference, it is large. The margin keeps two runs on one machine from
+    # disagreeing.
     faster = torch.tensor(min(half_seconds) < 0.7 * min(full_seconds))
     if distributed.is_initialized():
         distributed.broadcast(faster, 0)
     return bool(faster)
+
+
+def describe_processor(device: torch.device) -> str:
+    """Where and in which precision a model on this device runs, as a text."""
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    if distributed.is_initialized():
+        name += f", in each of {distributed.get_world_size()} processes"
+    return f"{name}, in {str(precision(device)).removeprefix('torch.')}"
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -89,9 +106,9 @@ def split_for_cache(images: torch.Tensor) -> Sequence[torch.Tensor]:
 def compiled(model: nn.Module, images: torch.Tensor) -> Network:
     """The model, compiled for batches of this shape. Other shapes run uncompiled.
 
-    If compilation fails, prints why and returns the model itself. A failure may appear as late as the
-    first backward pass, so one is tried here. The model and the random state stay as they were. A model
-    in evaluation mode is compiled for use without gradients.
+    If compilation fails, prints why and returns the model itself. A failure may appear as late as
+    the first backward pass, so one is tried here. The model and the random state stay as they
+    were. A model in evaluation mode is compiled for use without gradients.
     """
     # Without a GPU but with a CUDA compiler, this logger warns of things that nobody asked for.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -118,13 +135,13 @@ def compiled(model: nn.Module, images: torch.Tensor) -> Network:
 class GraphedStep:
     """A training step on a GPU as a CUDA graph: one call in place of a thousand kernel launches.
 
-    Three batches run normally, the fourth is recorded, later ones replay the recording with the learning
-    rates of the moment. The model must do the same operations for every batch. A batch of another shape
-    runs normally, and so does a step after a change of another optimizer option. If recording fails,
-    a line says why and everything runs normally.
+    Three batches run normally, the fourth is recorded, later ones replay the recording with the
+    learning rates of the moment. The model must do the same operations for every batch. A batch
+    of another shape runs normally, and so does a step after a change of another optimizer option.
+    If recording fails, a line says why and everything runs normally.
     """
 
-    def __init__(self, step: Step, optimizer: torch.optim.Optimizer):
+    def __init__(self, step: StepFunction, optimizer: torch.optim.Optimizer):
         self.step = step
         self.optimizer = optimizer
         self.calls = 0
@@ -198,8 +215,8 @@ class GraphedStep:
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory for the next tensors instead of giving it back to the system.
 
-    A training step on the CPU frees and takes hundreds of megabytes, and mapping them again takes time.
-    Does nothing on other systems than Linux with glibc.
+    A training step on the CPU frees and takes hundreds of megabytes, and mapping them again takes
+    time. Does nothing on other systems than Linux with glibc.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: never map a block by itself

@@ -7,8 +7,8 @@ Each stage has four blocks:
 3. dilated2: the same again
 4. transition: a 3x3 convolution with stride 2, which halves the map; stride 1 in the last stage
 
-Each block ends in ReLU, batch norm and dropout, in that order. The convolutions have no biases, because the
-batch norms add them.
+Each block ends in ReLU, batch norm and dropout, in that order. The convolutions have no biases,
+because the batch norms add them.
 
     stage   channels   map in    map out   parameters   receptive field at its end
     1       3 -> 32    32 x 32   16 x 16       28,027     13 px
@@ -19,8 +19,9 @@ batch norms add them.
 
 The receptive field counts the dilation: rf_out = rf_in + (kernel - 1) * dilation * jump_in.
 
-This file stands alone: copy it into another experiment and it works. It needs torch, and safetensors to load
-weights. For the trained weights, copy net.safetensors too: `Net.from_pretrained("net.safetensors")`.
+This file stands alone: copy it into another experiment and it works. It needs torch, and
+safetensors to load weights. For the trained weights, copy net.safetensors too:
+`Net.from_pretrained("net.safetensors")`.
 
 Papers:
     Depthwise-separable convolutions: Howard et al. 2017, MobileNets, arXiv:1704.04861.
@@ -42,9 +43,9 @@ WEIGHTS = Path(__file__).resolve().parent / "assets" / "net.safetensors"
 def convolution(inputs: int, outputs: int, kernel_size: int, **kwargs) -> nn.Conv2d:
     """A convolution without bias that keeps the map's size at stride 1.
 
-    Its weights start as torch's random weights plus twice the identity. Rounding errors grow from one
-    convolution to the next, because no shortcut bypasses them. The identity at least halves the error of the
-    first gradients in bfloat16; tests/test_model.py measures it.
+    Its weights start as torch's random weights plus twice the identity. Rounding errors grow from
+    one convolution to the next, because no shortcut bypasses them. The identity at least halves
+    the error of the first gradients in bfloat16; tests/test_model.py measures it.
     """
     padding = kwargs.get("dilation", 1) * (kernel_size // 2)
     conv = nn.Conv2d(inputs, outputs, kernel_size, padding=padding, bias=False, **kwargs)
@@ -78,8 +79,8 @@ def stage(in_channels: int, channels: int, stride: int, dropout: float) -> nn.Se
 class Net(nn.Module):
     """Classifies images: float (N, in_channels, H, W), normalised, to logits (N, num_classes).
 
-    H and W are at least 32. The trained weights expect RGB in [0, 1], normalised by the mean and the
-    standard deviation in their metadata.
+    H and W are at least 32. The trained weights expect RGB in [0, 1], normalised by the mean and
+    the standard deviation in their metadata.
 
     Args:
         num_classes: number of classes.
@@ -104,9 +105,10 @@ class Net(nn.Module):
     def from_pretrained(cls, path: str | Path = WEIGHTS, dropout: float = 0.0) -> "Net":
         """The network with the weights of a safetensors file, in evaluation mode.
 
-        The default file holds the weights that were trained here. `num_classes` and `in_channels` follow
-        from the shapes in the file. `metadata`, a dict of texts, becomes an attribute of the network. Ours
-        names the classes, the mean and std of the training images, and the test accuracy in percent.
+        The default file holds the weights that were trained here. `num_classes` and `in_channels`
+        follow from the shapes in the file. `metadata`, a dict of texts, becomes an attribute of
+        the network. Ours names the classes, the mean and std of the training images, and the test
+        accuracy in percent.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -181,8 +183,9 @@ class Teacher(nn.Module):
 def whitening(images: torch.Tensor) -> torch.Tensor:
     """Filters (24, 3, 2, 2) that whiten the 2x2 patches of images (N, 3, H, W).
 
-    The outputs of the first twelve filters are uncorrelated. Their variance is 1 in the directions in which
-    the patches vary by much more than 5e-3. The other twelve filters are the negatives of the first.
+    The outputs of the first twelve filters are uncorrelated. Their variance is 1 in the
+    directions in which the patches vary by much more than 5e-3. The other twelve filters are the
+    negatives of the first.
     """
     patches = nn.functional.unfold(images, 2).movedim(1, 0).flatten(1)
     variances, directions = torch.linalg.eigh(torch.cov(patches))

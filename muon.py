@@ -1,9 +1,10 @@
 """Muon, the optimizer that trains the convolutions here, and the plan of a run with it.
 
-An ordinary optimizer steps along the momentum of the gradient. Muon first makes that momentum orthogonal:
-all its singular values become about 1, so that every direction of a filter bank moves equally far. After
-K. Jordan 2024, https://kellerjordan.github.io/posts/muon, in the form that airbench uses on CIFAR-10. There
-each filter bank is also held at the norm sqrt(filters), which is free if a batch norm follows.
+An ordinary optimizer steps along the momentum of the gradient. Muon first makes that momentum
+orthogonal: all its singular values become about 1, so that every direction of a filter bank moves
+equally far. After K. Jordan 2024, https://kellerjordan.github.io/posts/muon, in the form that
+airbench uses on CIFAR-10. There each filter bank is also held at the norm sqrt(filters), which is
+free if a batch norm follows.
 
 This file needs torch and nothing else.
 """
@@ -15,6 +16,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 A, B, C = 3.4445, -4.7750, 2.0315  # K. Jordan's coefficients of the Newton-Schulz polynomial
+NEWTON_SCHULZ_STEPS = 5
+WARM_UP = 0.2  # the share of a run in which the learning rates rise
+START = 0.04  # the learning rate at the start, as a share of its peak
 
 
 class Muon(torch.optim.Optimizer):
@@ -68,7 +72,8 @@ class Muon(torch.optim.Optimizer):
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum"] for p in params]
-        # The foreach functions take all parameters in one call. On a GPU calls cost more than arithmetic.
+        # The foreach functions take all parameters in one call. On a GPU calls cost more than
+        # arithmetic.
         grads = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, grads)
@@ -80,14 +85,14 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_sub_(params, updates)
 
 
-def orthogonalize(updates: list[torch.Tensor], steps: int = 5) -> list[torch.Tensor]:
+def orthogonalize(updates: list[torch.Tensor]) -> list[torch.Tensor]:
     """Each update with its singular values brought near 1, as a matrix (filters, everything else)."""
     result = list(updates)
     for shape in dict.fromkeys(update.shape for update in updates):
         places = [i for i, update in enumerate(updates) if update.shape == shape]
         x = torch.stack([updates[i].flatten(1) for i in places])  # (banks of this shape, filters, rest)
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # Newton-Schulz needs singular values up to 1
-        for _ in range(steps):
+        for _ in range(NEWTON_SCHULZ_STEPS):
             square = x @ x.mT
             x = A * x + (B * square + C * square @ square) @ x
         for i, matrix in zip(places, x):
@@ -109,8 +114,9 @@ def fix_norms(params: list[torch.Tensor]) -> None:
 def parameter_groups(network: nn.Module) -> tuple[list, list, list]:
     """The trained parameters of a `Net` or a `Teacher`: (filter banks, other filters, norms).
 
-    The banks are what Muon is for: 98 % of the parameters. A depthwise filter has one input, and the
-    classifier has no batch norm behind it, so both are trained with SGD, like the batch norms.
+    The banks are what Muon is for: 98 % of the parameters. A depthwise filter has one input, and
+    the classifier has no batch norm behind it, so both are trained with SGD, like the batch
+    norms.
     """
     banks, filters, norms = [], [], []
     for name, p in network.named_parameters():
@@ -125,14 +131,14 @@ def parameter_groups(network: nn.Module) -> tuple[list, list, list]:
     return banks, filters, norms
 
 
-def one_cycle(share: float, warm_up: float = 0.2) -> float:
-    """The learning rate as a share of its peak: linear from 0.04 to 1 in the warm-up, then to 0.
+def one_cycle(share: float) -> float:
+    """The learning rate as a share of its peak, after this share of the run; both are in [0, 1].
 
-    Both shares are in [0, 1]: of the run that is over, and of the run that is warm-up.
+    It rises linearly from START to 1 in the warm-up, and then falls linearly to 0.
     """
-    if share < warm_up:
-        return 0.04 + 0.96 * share / warm_up
-    return (1 - share) / (1 - warm_up)
+    if share < WARM_UP:
+        return START + (1 - START) * share / WARM_UP
+    return max(0.0, (1 - share) / (1 - WARM_UP))
 
 
 def plan(
@@ -142,7 +148,6 @@ def plan(
     learning_rate: float = 0.015,
     sgd_learning_rate: float = 0.2,
     weight_decay: float = 5e-4,
-    warm_up: float = 0.2,
 ) -> tuple[Muon, LambdaLR]:
     """The optimizer and the schedule of a run with this many steps.
 
@@ -150,7 +155,6 @@ def plan(
         learning_rate: the peak for the filter banks, which Muon trains.
         sgd_learning_rate: the peak for all other parameters, which SGD trains.
         weight_decay: on depthwise filters and the classifier only.
-        warm_up: the share of the run in which the learning rates rise.
     """
     banks, filters, norms = parameter_groups(network)
     sgd = {"lr": sgd_learning_rate, "momentum": 0.9, "orthogonal": False}
@@ -160,4 +164,4 @@ def plan(
         {"params": norms, **sgd},
     ]
     optimizer = Muon(groups, lr=learning_rate)
-    return optimizer, LambdaLR(optimizer, lambda step: one_cycle(step / steps, warm_up))
+    return optimizer, LambdaLR(optimizer, lambda step: one_cycle(step / steps))

@@ -79,7 +79,7 @@ def sum_over_processes(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def from_rank_0(value):
-    """What rank 0 holds, in every process."""
+    """Returns rank 0's value in every process."""
     box = [value]
     if distributed.is_initialized():
         distributed.broadcast_object_list(box)

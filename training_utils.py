@@ -1,9 +1,9 @@
 """Train an image classifier for an epoch (`train`), test it (`test`), or do both for a whole run (`fit`).
 
 Nothing here knows the data set or the network. A loader is any iterable with a length that yields
-(images, targets). A third part of a batch, a teacher's probabilities, is learnt in place of the targets.
-Losses and accuracies are exact over all samples, whatever the batch sizes. They are summed on the device, so
-that the processor waits for it only when the progress bar is redrawn.
+(images, targets). A third part of a batch, a teacher's probabilities, is learnt in place of the
+targets. Losses and accuracies are exact over all samples, whatever the batch sizes. They are
+summed on the device, so that the processor waits for it only when the progress bar is redrawn.
 """
 
 import sys
@@ -22,13 +22,13 @@ from checkpoint import Run, describe, parts_of_loader
 from hardware import (
     GraphedStep,
     Network,
-    Step,
+    StepFunction,
     autocast,
     compiled,
+    describe_processor,
     evaluation_mode,
     forward,
     keep_freed_memory,
-    precision,
     split_for_cache,
 )
 from processes import (
@@ -65,38 +65,41 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train for `epochs` epochs and test after each; returns the history, one dict an epoch.
 
-    The model ends up with the weights that were tested last. It is made channels-last and left in training
-    mode. `set_epoch(epoch)` is called before each epoch on the loader, its samplers and its data set, if
-    they have it. Ctrl-C, or a notebook's stop button, ends the run and keeps the epochs that are finished.
-    The test results decide nothing.
+    The model ends up with the weights that were tested last. It is made channels-last and left in
+    training mode. `set_epoch(epoch)` is called before each epoch on the loader, its samplers and
+    its data set, if they have it. Ctrl-C, or a notebook's stop button, ends the run and keeps the
+    epochs that are finished. The test results decide nothing.
 
-    Under torchrun (see processes.py) each process trains on its share of every batch. Rank 0 alone writes
-    files and calls `on_epoch`. Ctrl-C ends such a run at once.
+    Under torchrun (see processes.py) each process trains on its share of every batch. Rank 0
+    alone writes files and calls `on_epoch`. Ctrl-C ends such a run at once.
 
     Args:
-        ema_decay: decay per step of a moving average of the weights, which is tested in place of the plain
-            weights (Polyak and Juditsky 1992; Tarvainen and Valpola 2017, arXiv:1703.01780). At step t it is
-            at most (1 + t) / (10 + t), so that a short run forgets its first steps, too. 0: no average.
-        statistics: a loader of training images without augmentation, the classes mixed in each batch.
-            Before each test the batch norms' statistics are computed from these, because augmented images
-            have others (`torch.optim.swa_utils.update_bn`).
+        ema_decay: decay per step of a moving average of the weights, which is tested in place of
+            the plain weights (Polyak and Juditsky 1992; Tarvainen and Valpola 2017,
+            arXiv:1703.01780). At step t it is at most (1 + t) / (10 + t), so that a short run
+            forgets its first steps, too. 0: no average.
+        statistics: a loader of training images without augmentation, the classes mixed in each
+            batch. Before each test the batch norms' statistics are computed from these, because
+            augmented images have others (`torch.optim.swa_utils.update_bn`).
         compile: use torch.compile. It takes up to a minute, which a long run earns back.
         history_file: a CSV file for the history, written after every epoch.
         checkpoint: a file that holds the whole run after its last epoch; see checkpoint.py. If the disk is
             full, the run warns, continues and tries again after the next epoch.
-        resume: continue from the checkpoint, bit for bit on the same processor. A finished run is loaded.
-            A checkpoint of another run, or any checkpoint if this is False, is kept under another name.
-        recipe: what else tells this run from others: seed, data, augmentation. Compared as text. What `fit`
-            itself adds under the same key takes precedence.
+        resume: continue from the checkpoint, bit for bit on the same processor. A finished run is
+            loaded. A checkpoint of another run, or any checkpoint if this is False, is kept under
+            another name.
+        recipe: what else tells this run from others: seed, data, augmentation. Compared as text.
+            A key that `fit` adds itself takes precedence.
         on_epoch: called with each row of the history, for TensorBoard, say.
 
     Returns:
-        The history. Each row has epoch (from 1), train_loss, train_accuracy, test_loss, test_accuracy (in
-        percent), learning_rate (of the epoch's first step) and seconds (training and test).
+        The history. Each row has epoch (from 1), train_loss, train_accuracy, test_loss,
+        test_accuracy (in percent), learning_rate (of the epoch's first step) and seconds
+        (training and test).
 
     Raises:
-        ValueError: arguments out of range, an empty loader, processes that were given different runs, or no
-            good checkpoint among damaged ones. Nothing is overwritten then.
+        ValueError: arguments out of range, an empty loader, processes that were given different
+            runs, or no good checkpoint among damaged ones. Nothing is overwritten then.
         TypeError: an optimizer or a scheduler whose state could be written but not read back.
         OSError: the folder of a file cannot be made.
         FloatingPointError: a loss or a weight became NaN or infinite. Such weights are never saved.
@@ -117,7 +120,7 @@ def fit(
     saved = from_rank_0(run.find(resume) if rank() == 0 else None)
     history = saved["history"] if saved else []
     if len(history) < epochs:
-        announce(model)
+        print(f"Training on {describe_processor(next(model.parameters()).device)}, channels-last")
     compile = compile and len(history) < epochs
     step, tested = build_steps(model, average.module, optimizer, train_loader, test_loader, compile)
     if saved:  # only now, because building the steps draws random numbers
@@ -151,11 +154,14 @@ def fit(
                 "learning_rate": learning_rate,
                 "seconds": time.perf_counter() - start,
             }
-            finished = [*finished[0], row], average.weights()
+            history = [*history, row]
             if rank() == 0:
-                run.save(finished[0])
+                run.save(history)
+            finished = history, average.weights()
+            if rank() == 0:
                 on_epoch(dict(row))
     except KeyboardInterrupt:
+        model.load_state_dict(finished[1])
         accept_interrupt(len(finished[0]), epochs)
     history, weights = finished
     model.load_state_dict(weights)
@@ -201,18 +207,6 @@ def complete_recipe(
     return {key: " ".join(str(value).split()) for key, value in complete.items()}
 
 
-def announce(model: nn.Module) -> None:
-    """Print on what and how the epochs will be trained."""
-    device = next(model.parameters()).device
-    processor = f"CPU, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        processor = torch.cuda.get_device_name(device)
-    if distributed.is_initialized():
-        processor += f", in each of {distributed.get_world_size()} processes"
-    kind = str(precision(device)).removeprefix("torch.")
-    print(f"Training on {processor}, in {kind}, channels-last")
-
-
 def start_epoch(loader: Iterable, epoch: int, seed: int) -> None:
     """Tell the loader which epoch it is; give every process but the first its own dropout masks."""
     if rank():
@@ -251,7 +245,7 @@ def build_steps(
     train_loader: Iterable,
     test_loader: Iterable,
     compile: bool,
-) -> tuple[Step, Network | None]:
+) -> tuple[StepFunction, Network | None]:
     """The fastest training step for this device, and a faster form of `average` for tests, or None."""
     device = next(model.parameters()).device
     on_gpu = device.type == "cuda"
@@ -271,11 +265,14 @@ def build_steps(
     return step, tested
 
 
-def gradient_step(model: nn.Module, optimizer: torch.optim.Optimizer, network: Network | None = None) -> Step:
+def gradient_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, network: Network | None = None
+) -> StepFunction:
     """Returns `step(images, targets, soft_targets=None)`: one optimizer step; returns the logits before it.
 
-    Soft targets are a teacher's probabilities (B, classes). They are learnt in place of the targets.
-    `network` computes the same as the model, faster (`compiled`) or with batch norm over all processes.
+    Soft targets are a teacher's probabilities (B, classes). They are learnt in place of the
+    targets. `network` computes the same as the model, faster (`compiled`) or with batch norm over
+    all processes.
     """
 
     def step(
@@ -298,14 +295,14 @@ def train(
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler | None = None,
     *,
-    step: Step | None = None,
+    step: StepFunction | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
     """Train for one epoch, with a progress bar; returns (mean loss, accuracy in percent) of all its samples.
 
-    Each sample counts with the prediction that the model had when it saw it. The loss is against the
-    targets, even if a teacher's answers are learnt, so that it compares with the loss of `test`. The
-    scheduler is stepped after every batch.
+    Each sample counts with the prediction that the model had when it saw it. The loss is against
+    the targets, even if a teacher's answers are learnt, so that it compares with the loss of
+    `test`. The scheduler is stepped after every batch.
 
     Args:
         step: a `gradient_step`; by default one of this model and optimizer.

@@ -1,9 +1,10 @@
 """Figures from plain arrays and lists: samples, history, mistakes, predictions, calibration and more.
 
-Every `plot_` function returns a `matplotlib.figure.Figure`. It is at most about 9 inches wide and has 150
-dots an inch and no text under 8 points, so it is legible on a page that shows it 830 pixels wide. A notebook
-shows the figure if it is the last expression of a cell; `figure.savefig(path)` writes it. `note` ends the
-title in brackets and tells the source of the data, such as "sample of 2,500 images".
+Every `plot_` function returns a `matplotlib.figure.Figure`. It is at most about 9 inches wide and
+has 150 dots an inch and no text under 8 points, so it is legible on a page that shows it 830
+pixels wide. A notebook shows the figure if it is the last expression of a cell;
+`figure.savefig(path)` writes it. `note` ends the title in brackets and tells the source of the
+data, such as "sample of 2,500 images".
 
 This file stands alone: copy it into another experiment and it works. It needs numpy and matplotlib.
 """
@@ -16,8 +17,9 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# Okabe and Ito's colours stay distinct under the common kinds of colour blindness. No figure relies on colour
-# alone: curves also differ in marker and dash, and each cell of the confusion matrix has its number.
+# Okabe and Ito's colours stay distinct under the common kinds of colour blindness. No figure
+# relies on colour alone: curves also differ in marker and dash, and each cell of the confusion
+# matrix has its number.
 BLUE, VERMILION = "#0072B2", "#D55E00"
 REFERENCE_STYLES = [("#009E73", "--"), ("#CC79A7", "-."), ("#000000", ":"), ("#E69F00", (0, (8, 2)))]
 SMALL, MEDIUM, LARGE = 8.5, 9.5, 11  # font sizes in points
@@ -32,7 +34,8 @@ def denormalize(images, mean, std):
         mean, std: three numbers each, of pixels in [0, 1]; std above 0.
 
     Returns:
-        uint8 array (N, H, W, 3) or (H, W, 3), rounded to nearest and clipped to 0..255, C-contiguous.
+        uint8 array (N, H, W, 3) or (H, W, 3), rounded to nearest and clipped to 0..255,
+        C-contiguous.
 
     Raises:
         ValueError: images have another shape or dtype, or a NaN; a mean or std is out of range.
@@ -96,8 +99,9 @@ def plot_history(history, references=None, note=""):
     In a run of 20 epochs or more, the accuracies of the first twentieth are cut off.
 
     Args:
-        history: one dict an epoch, at least one, with `epoch` (integer), `train_loss` and `test_loss` (nats
-            per image), `train_accuracy` and `test_accuracy` (percent) and `learning_rate`.
+        history: one dict an epoch, at least one, with `epoch` (integer), `train_loss` and
+            `test_loss` (nats per image), `train_accuracy` and `test_accuracy` (percent) and
+            `learning_rate`.
         references: dict of label to accuracy in percent. Each becomes a horizontal line.
     """
     references = references or {}
@@ -108,7 +112,8 @@ def plot_history(history, references=None, note=""):
     layout = [["accuracy", "loss"], ["accuracy", "learning_rate"]]
     panels = figure.subplot_mosaic(layout, width_ratios=[3, 2])
 
-    # Markers at every epoch would hide the line of a long run. About ten are drawn, the last epoch included.
+    # Markers at every epoch would hide the line of a long run. About ten are drawn, the last
+    # epoch included.
     every = max(1, count // 10)
     style = {"markevery": ((count - 1) % every, every), "ms": 4, "lw": 1.5}
     accuracies = []
@@ -224,8 +229,8 @@ def plot_reliability(bins, error, note=""):
     """Accuracy by confidence at the left, the share of the images by confidence at the right.
 
     Args:
-        bins: as `calibration` returns them: at least one dict of `confidence` and `accuracy` (means, in
-            [0, 1]) and `count`.
+        bins: as `calibration` returns them: at least one dict of `confidence` and `accuracy`
+            (means, in [0, 1]) and `count`.
         error: the expected calibration error, in [0, 1].
 
     Raises:
@@ -285,8 +290,8 @@ def plot_robustness(clean, damaged, note=""):
 def plot_confusion_matrix(targets, predictions, classes, note=""):
     """Counts of images: true classes down, predicted classes across, each class's accuracy at the right.
 
-    The colours show the mistakes. The diagonal is grey and bold instead, because its counts are so large
-    that on one scale all mistakes would have the same colour.
+    The colours show the mistakes. The diagonal is grey and bold instead, because its counts are
+    so large that on one scale all mistakes would have the same colour.
 
     Args:
         targets, predictions: N integers each, N at least 1, 0 to len(classes) - 1.
@@ -331,8 +336,8 @@ def plot_confusion_matrix(targets, predictions, classes, note=""):
 
 def _figure(width, height, title, note):
     """An empty figure of this size in inches, with its title, that a notebook can show."""
-    # pyplot would keep the figure alive, open a window in a script, and show it twice in a notebook. Without
-    # pyplot, IPython shows a figure through this method only.
+    # pyplot would keep the figure alive, open a window in a script, and show it twice in a
+    # notebook. Without pyplot, IPython shows a figure through this method only.
     figure = Figure((width, height), dpi=150, layout="compressed")
     figure._repr_png_ = partial(_png, figure)
     figure.get_layout_engine().set(h_pad=0.07)
@@ -349,7 +354,8 @@ def _png(figure):
 
 
 def _plain(text):
-    r"""The text with `\$` for `$`, because matplotlib would set the text between two dollars as a formula."""
+    r"""The text with `\$` for `$`, because matplotlib would set the text between two dollars as a
+    formula."""
     return str(text).replace("$", r"\$")
 
 

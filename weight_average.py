@@ -9,8 +9,9 @@ from torch import nn
 class WeightAverage:
     """An exponential moving average of a model's weights and batch-norm statistics, in `module`.
 
-    torch.optim.swa_utils.AveragedModel does the same and costs three times as much a step: it groups all
-    tensors again each time, and its count of steps is a tensor that a GPU would have to wait for.
+    torch.optim.swa_utils.AveragedModel does the same and costs three times as much a step: it
+    groups all tensors again each time, and its count of steps is a tensor that a GPU would have
+    to wait for.
     """
 
     def __init__(self, model: nn.Module, decay: float):
