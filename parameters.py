@@ -23,14 +23,15 @@ PARAMETERS = {
     "RESUME": (True, False, True),
 }
 TEXTS = {"DATA": "auto", "DATA_ROOT": ""}
-PACKAGES = ("albumentations", "filelock", "safetensors", "torch", "torchsummary", "torchvision", "xlsxwriter")
+PACKAGES = ("albumentations", "filelock", "matplotlib", "safetensors", "torch", "torchsummary", "torchvision")
+PACKAGES += ("tqdm", "xlsxwriter")
 
 
 def check_parameters(values: dict[str, object]) -> None:
     """Raise ValueError if a parameter is unknown, of the wrong type or out of range.
 
-    `values` is the notebook's `globals()`. Unknown names are noticed only before the notebook imports torch:
-    until then, parameters are its only numbers and texts.
+    `values` is the notebook's `globals()`. Unknown names are noticed only before the notebook
+    imports torch: until then, parameters are its only numbers and texts.
     """
     known = [*PARAMETERS, *TEXTS]
     if "torch" not in values:
@@ -43,7 +44,9 @@ def check_parameters(values: dict[str, object]) -> None:
             kind = type(low).__name__
             raise ValueError(f"expected {name} to be {kind} from {low} to {high}, found {value!r}")
     if values["DATA"] not in ("auto", "full", "sample"):
-        raise ValueError(f"expected DATA to be 'auto', 'full' or 'sample', found {values['DATA']!r}")
+        raise ValueError(
+            f"expected DATA to be 'auto', 'full' or 'sample', found {values['DATA']!r}: name one"
+        )
     if not isinstance(values["DATA_ROOT"], str):
         raise ValueError(f"expected DATA_ROOT to be a folder's name, found {values['DATA_ROOT']!r}")
 
@@ -52,14 +55,14 @@ def check_installed() -> None:
     """Raise ModuleNotFoundError for the first package that the notebook misses, and say how to add it."""
     for name in PACKAGES:
         if importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(f"expected the package {name}, found none: pip install {name}", name=name)
+            raise ModuleNotFoundError(f"expected the package {name}, found none: pip install {name}")
 
 
 def run_folder(values: dict[str, object], is_sample: bool) -> Path:
     """The folder of a run with these parameters, such as runs/100-epochs-seed-0-batch-size-128; it is made.
 
-    Epochs and seed are always in the name, other parameters if they differ from the default. RESUME, DATA
-    and DATA_ROOT tell no runs apart.
+    Epochs and seed are always in the name, other parameters if they differ from the default.
+    RESUME, DATA and DATA_ROOT tell no runs apart.
     """
     name = f"{'sample-' if is_sample else ''}{values['EPOCHS']}-epochs-seed-{values['SEED']}"
     for parameter, (default, _, _) in PARAMETERS.items():

@@ -1,16 +1,16 @@
 """Execute S8.ipynb: python run_notebook.py [NAME=VALUE ...]
 
-The names are those of the notebook's parameters cell. The executed notebook goes into the folder of the run
-under runs/, beside its pictures, history, weights and checkpoints. Nothing that git tracks changes.
+The names are those of the notebook's parameters cell. The executed notebook goes into the folder
+of the run under runs/, beside its pictures, history, weights and checkpoints. Nothing that git
+tracks changes.
 
     --record    run the defaults on the full data, and put the result in place of S8.ipynb and assets/
     --script    execute nothing: write S8.py, the notebook with these values, for torchrun
 """
 
 import ast
+import copy
 import os
-import re
-import shutil
 import subprocess
 import sys
 from datetime import datetime
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nbformat
 
-from parameters import PARAMETERS, TEXTS, check_installed, check_parameters, run_folder
+from parameters import check_installed, check_parameters, run_folder
 
 NOTEBOOK = Path("S8.ipynb")
 
@@ -26,35 +26,26 @@ NOTEBOOK = Path("S8.ipynb")
 def main(arguments: list[str]) -> None:
     os.chdir(Path(__file__).resolve().parent)
     options = [argument for argument in arguments if argument.startswith("--")]
-    given = parse([argument for argument in arguments if argument not in options])
+    changes = parse([argument for argument in arguments if argument not in options])
     if options not in ([], ["--record"], ["--script"]):
-        raise ValueError(f"expected --record or --script, found {' '.join(options)}")
+        raise ValueError(f"expected --record or --script, found {' '.join(options)}: use one of them")
     check_installed()
-    values = {name: default for name, (default, _, _) in PARAMETERS.items()} | TEXTS | given
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    values = values_of(notebook) | changes
     check_parameters(values)
     if options == ["--script"]:
-        return write_script(given)
-    if options == ["--record"]:
-        check_recordable(given)
-        values["DATA"] = "full"
-    folder = run_folder(values, uses_sample(values))
-    if options == ["--record"]:
-        start_over(folder)
-    before = NOTEBOOK.read_bytes()
-    execute(with_parameters(given), folder, given)
-    if options == ["--record"]:
-        if NOTEBOOK.read_bytes() != before:
-            raise ValueError(f"expected {NOTEBOOK} as when the run began, found another: the result is in {folder}")
-        publish(folder)
-
-
-def uses_sample(values: dict[str, object]) -> bool:
-    """Whether a run with these parameters uses the embedded sample. CIFAR-10 is downloaded if need be."""
-    if values["DATA"] == "sample":
-        return True
-    from cifar10 import ASSETS, find_cifar10  # here, because it takes seconds
-
-    return find_cifar10(values["DATA_ROOT"], values["DATA"]) == ASSETS
+        write_script(with_values(notebook, changes))
+    elif options == ["--record"]:
+        record(notebook, values, changes)
+    else:
+        is_sample = uses_sample(values)
+        if is_sample:
+            changes["DATA"] = "sample"  # so that the notebook does not try to download again
+        again = "the same command"
+        if changes.get("RESUME") is False:
+            again += ", without RESUME=false,"
+        hint = f"{again} continues after the last whole epoch"
+        execute(with_values(notebook, changes), run_folder(values, is_sample), hint)
 
 
 def parse(arguments: list[str]) -> dict[str, object]:
@@ -63,7 +54,9 @@ def parse(arguments: list[str]) -> dict[str, object]:
     for argument in arguments:
         name, equals, text = argument.partition("=")
         if not equals:
-            raise ValueError(f"expected NAME=VALUE, found {argument!r}: see the parameters cell of {NOTEBOOK}")
+            raise ValueError(
+                f"expected NAME=VALUE, found {argument!r}: see the parameters cell of {NOTEBOOK}"
+            )
         try:
             values[name] = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
         except (SyntaxError, ValueError):
@@ -71,35 +64,68 @@ def parse(arguments: list[str]) -> dict[str, object]:
     return values
 
 
-def with_parameters(values: dict[str, object]) -> nbformat.NotebookNode:
-    """The notebook, with these values in its parameters cell and without outputs."""
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+def uses_sample(values: dict[str, object]) -> bool:
+    """Whether a run with these parameters uses the embedded sample. Downloads CIFAR-10 if need be."""
+    if values["DATA"] == "sample":
+        return True
+    from cifar10 import ASSETS, find_cifar10  # here, because it takes seconds
+
+    return find_cifar10(values["DATA_ROOT"], values["DATA"]) == ASSETS
+
+
+# ---------------------------------------------------------------- the parameters cell
+
+
+def parameters_cell(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-            cell.metadata.pop("execution", None)
         if "parameters" in cell.metadata.get("tags", []):
-            for name, value in values.items():
-                # The comment behind the value stays.
-                pattern = rf"(?m)^{name} = [^#\n]*?(?=  #|$)"
-                cell.source = re.sub(pattern, lambda _: f"{name} = {value!r}", cell.source)
-    return notebook
+            return cell
+    raise ValueError(f"expected a cell with the tag parameters in {NOTEBOOK}, found none: tag it")
 
 
-def execute(notebook: nbformat.NotebookNode, folder: Path, values: dict[str, object]) -> None:
-    """Run all cells, their output shown here as it comes; the result is S8.ipynb in the folder."""
+def values_of(notebook: nbformat.NotebookNode) -> dict[str, object]:
+    """The values in the parameters cell."""
+    assignments = ast.parse(parameters_cell(notebook).source).body
+    return {line.targets[0].id: ast.literal_eval(line.value) for line in assignments}
+
+
+def with_values(notebook: nbformat.NotebookNode, values: dict[str, object]) -> nbformat.NotebookNode:
+    """A copy of the notebook without outputs, with these values in its parameters cell."""
+    result = copy.deepcopy(notebook)
+    for cell in result.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+            cell.execution_count = None
+            cell.metadata.pop("execution", None)
+    cell = parameters_cell(result)
+    lines = cell.source.splitlines()
+    for assignment in ast.parse(cell.source).body:
+        name, value = assignment.targets[0].id, assignment.value
+        if name in values:
+            line = lines[value.lineno - 1]
+            # The comment behind the value stays.
+            lines[value.lineno - 1] = (
+                line[: value.col_offset] + repr(values[name]) + line[value.end_col_offset :]
+            )
+    cell.source = "\n".join(lines)
+    return result
+
+
+# ---------------------------------------------------------------- running
+
+
+def execute(notebook: nbformat.NotebookNode, folder: Path, hint: str) -> None:
+    """Run all cells and show their output as it comes. The result is S8.ipynb in the folder."""
     import papermill
 
-    growing = folder / "S8.running.ipynb"
-    count = sum(cell.cell_type == "code" for cell in notebook.cells)
-    started = []
+    partial = folder / "S8.partial.ipynb"
+    code_cells = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
 
     def on_cell_start(cell: nbformat.NotebookNode, cell_index: int) -> None:
-        if cell.cell_type == "code":
-            started.append(cell_index)
-            print(f"\n--- cell {len(started)} of {count}", flush=True)
+        if cell_index in code_cells:
+            print(f"\n--- cell {code_cells.index(cell_index) + 1} of {len(code_cells)}", flush=True)
 
-    # A kernel that is stopped complains in a file. What the cells print to standard error comes here.
+    # A stopped kernel complains; that goes into a file. Standard error of the cells comes here.
     errors = os.fdopen(os.dup(2), "w", buffering=1)
     with open(folder / "kernel.log", "w") as log:
         os.dup2(log.fileno(), 2)
@@ -107,71 +133,82 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, values: dict[str, obj
     try:
         papermill.execute_notebook(
             notebook,
-            growing,
+            partial,
             progress_bar=False,
             stdout_file=sys.stdout,
             stderr_file=errors,
-            coalesce_streams=True,  # keep the last state of each progress bar, not every one it passed
+            coalesce_streams=True,  # keep the last state of each progress bar only
             on_cell_start=on_cell_start,
         )
     except papermill.PapermillExecutionError as error:
         sys.exit(f"{error.ename}: {error.evalue}")
     except KeyboardInterrupt:
-        again = "the same command" + (", without RESUME=false," if values.get("RESUME") is False else "")
-        print(f"interrupted: {again} continues after the last whole epoch", file=errors)
+        print(f"interrupted: {hint}", file=errors)
         os._exit(1)  # else Python complains of questions that the stopped kernel will not answer
-    result = nbformat.read(growing, as_version=4)
+    result = nbformat.read(partial, as_version=4)
     result.metadata.pop("papermill", None)
     for cell in result.cells:
         cell.metadata.pop("papermill", None)
-    nbformat.write(result, growing)
-    os.replace(growing, folder / NOTEBOOK)
+    nbformat.write(result, partial)
+    os.replace(partial, folder / NOTEBOOK)
 
 
-def write_script(values: dict[str, object]) -> None:
+def write_script(notebook: nbformat.NotebookNode) -> None:
     import nbconvert
 
-    text, _ = nbconvert.PythonExporter().from_notebook_node(with_parameters(values))
+    text, _ = nbconvert.PythonExporter().from_notebook_node(notebook)
     NOTEBOOK.with_suffix(".py").write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------- the record
 
 
-def check_recordable(values: dict[str, object]) -> None:
-    """Raise ValueError unless the recorded run would be this commit's defaults."""
-    if values:
-        name = next(iter(values))
+def record(notebook: nbformat.NotebookNode, values: dict[str, object], changes: dict[str, object]) -> None:
+    """Run the defaults on the full data, from the first epoch, and put the result where git tracks it."""
+    if changes:
+        name = next(iter(changes))
         raise ValueError(f"expected a record without parameters, found {name}: make notebook takes it")
-    status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True)
-    if status.stdout:
-        first = status.stdout.splitlines()[0][3:]
-        raise ValueError(f"expected a clean tree for a record, found {first} changed: commit it first")
-
-
-def start_over(folder: Path) -> None:
-    """A record is one run from its first epoch. What an earlier run left is kept under another name."""
+    check_tree()
+    uses_sample(values | {"DATA": "full"})  # raises an error if there is no CIFAR-10
+    folder = run_folder(values, is_sample=False)
     if any(folder.iterdir()):
         aside = folder.with_name(f"{folder.name}.{datetime.now():%Y%m%d-%H%M%S}")
         os.replace(folder, aside)
         folder.mkdir()
-        print(f"{folder} is kept as {aside}")
+        print(f"the earlier run in {folder} is kept as {aside}")
+    before = NOTEBOOK.read_bytes()
+    execute(with_values(notebook, {}), folder, "a record starts again with its first epoch")
+    epochs = len((folder / "history.csv").read_text().splitlines()) - 1
+    if epochs < values["EPOCHS"]:
+        raise ValueError(f"expected {values['EPOCHS']} epochs, found {epochs}: the result is in {folder}")
+    if NOTEBOOK.read_bytes() != before:
+        raise ValueError(
+            f"expected {NOTEBOOK} as when the run began, found another: the result is in {folder}"
+        )
+    publish(folder)
+
+
+def check_tree() -> None:
+    """Raise ValueError unless git has every file of this folder as it is."""
+    command = ["git", "status", "--porcelain"]
+    try:
+        status = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        raise ValueError("expected a git clone for a record, found none: clone the repository") from None
+    if status:
+        first = status.splitlines()[0][3:]
+        raise ValueError(f"expected a clean tree for a record, found {first} changed: commit it first")
 
 
 def publish(folder: Path) -> None:
     """Put the run's files in place of those that git tracks."""
+    from checkpoint import write_file
+
     for file in sorted(folder.iterdir()):
         if file.suffix in (".png", ".csv", ".safetensors"):
-            place(file, Path("assets") / file.name)
-    place(folder / "RF Calculations.xlsx", Path("RF Calculations.xlsx"))
-    place(folder / NOTEBOOK, NOTEBOOK)
-
-
-def place(file: Path, target: Path) -> None:
-    """Copy beside and rename, so that the target is never half a file."""
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.copyfile(file, partial)
-    os.replace(partial, target)
+            write_file(Path("assets") / file.name, file.read_bytes())
+    for name in ("RF Calculations.xlsx", NOTEBOOK):
+        write_file(name, (folder / name).read_bytes())
 
 
 if __name__ == "__main__":
@@ -180,4 +217,4 @@ if __name__ == "__main__":
     except (ValueError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted before the first cell")
+        sys.exit("interrupted")
