@@ -11,7 +11,6 @@ assets/ablations.csv. A change that helps becomes the notebook's default; the ot
 import argparse
 import csv
 import functools
-import io
 import itertools
 import math
 import os
@@ -35,14 +34,15 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from batches import BatchLoader, TaughtLoader
-from checkpoint import write_file
+from checkpoint import save_figure
 from cifar10 import find_cifar10
 from dataset import AlbumentationsCIFAR10, AlbumentationsImages, test_transform, train_transform
 from hardware import precision
 from model import Net, Teacher, whitening
-from muon import one_cycle, parameter_groups, plan
+from muon import WARM_UP, one_cycle, parameter_groups, plan
+from parameters import describe_commit
 from training_utils import fit, soft_targets
-from utils import describe_commit, set_seed
+from utils import set_seed
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COMMIT = describe_commit()  # before the runs: what is edited meanwhile is not part of them
@@ -66,7 +66,7 @@ def cosine_plan(network: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, 
 
     def share_of_peak(step: int) -> float:
         share = one_cycle(step / steps)
-        return share if step < 0.2 * steps else 0.5 - 0.5 * math.cos(math.pi * share)
+        return share if step < WARM_UP * steps else 0.5 - 0.5 * math.cos(math.pi * share)
 
     return optimizer, LambdaLR(optimizer, share_of_peak)
 
@@ -142,7 +142,7 @@ def train_with(change: dict, seed: int, epochs: int) -> dict[str, float]:
     recipe = RECIPE | change
     teacher_epochs = min(recipe["teacher_epochs"], epochs // 2)
     arguments = recipe["augmentation"], recipe["batch"], seed
-    loader = taught_loader(teacher_epochs, *arguments) if teacher_epochs else learnt_loader(*arguments)
+    loader = taught_loader(teacher_epochs, *arguments) if teacher_epochs else batch_loader(*arguments)
     plain = BatchLoader(images_at(HELD_OUT, 2 * HELD_OUT, test_transform()), 1000, False, DEVICE)
     set_seed(seed)
     net = Net(dropout=recipe["dropout"]).to(DEVICE)
@@ -173,20 +173,20 @@ def learn(
 @functools.cache  # the teacher's answers stay in it, for other changes with the same pictures
 def taught_loader(teacher_epochs: int, augmentation: Callable, batch: int, seed: int) -> TaughtLoader:
     answer = functools.partial(soft_targets, teacher_after(teacher_epochs), temperature=TEMPERATURE)
-    return TaughtLoader(learnt_loader(augmentation, batch, seed), answer, VIEWS)
+    return TaughtLoader(batch_loader(augmentation, batch, seed), answer, VIEWS)
 
 
 @functools.cache  # one for all changes and seeds
 def teacher_after(epochs: int) -> nn.Module:
     """A teacher that has learnt with RECIPE."""
     set_seed(0)
-    loader = learnt_loader(RECIPE["augmentation"], RECIPE["batch"], seed=0)
+    loader = batch_loader(RECIPE["augmentation"], RECIPE["batch"], seed=0)
     teacher = Teacher(whitening(next(iter(loader))[0])).to(DEVICE)
     learn(teacher, RECIPE, loader, epochs, plain=None)
     return teacher
 
 
-def learnt_loader(augmentation: Callable, batch: int, seed: int) -> BatchLoader:
+def batch_loader(augmentation: Callable, batch: int, seed: int) -> BatchLoader:
     transform = A.Compose(augmentation(list(train_transform())))
     return BatchLoader(images_at(HELD_OUT, None, transform, seed), batch, True, DEVICE)
 
@@ -243,9 +243,7 @@ def plot(table: Path, picture: Path) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8.5, loc="upper left")
-    png = io.BytesIO()
-    figure.savefig(png)
-    write_file(picture, png.getvalue())
+    save_figure(figure, picture)
 
 
 # ---------------------------------------------------------------- all of it

@@ -12,7 +12,6 @@ the ratios within one run say more than the rates.
 import contextlib
 import copy
 import csv
-import ctypes
 import io
 import multiprocessing
 import os
@@ -30,7 +29,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
-import original
 import torch
 from matplotlib.figure import Figure
 from torch.nn import functional as F
@@ -38,8 +36,9 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import original
 from batches import BatchLoader, BatchTransform
-from checkpoint import write_csv, write_file
+from checkpoint import save_figure, write_csv
 from dataset import CLASSES, AlbumentationsCIFAR10, AlbumentationsImages, test_transform
 from hardware import compiled, keep_freed_memory, precision, split_for_cache
 from model import Net
@@ -95,15 +94,8 @@ def peak_memory() -> float:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9
 
 
-def return_freed_memory() -> None:
-    """Undo `keep_freed_memory`: glibc's defaults, as other projects run with them."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 65536)
-        libc.mallopt(-1, 128 * 1024)
-
-
-def rounded(value: float) -> str:
-    """The value as text, with three significant digits."""
+def three_digits(value: float) -> str:
+    """The value as text, rounded to three significant digits."""
     return f"{float(f'{value:.3g}'):,.12g}"
 
 
@@ -113,24 +105,11 @@ def report(part: str, values: dict[str, float], unit: str = "images/s") -> list[
     rows = [dict(zip(FIELDS, (part, name, value, unit, value / reference))) for name, value in values.items()]
     print(f"\n{part:<60}{unit:>14}{'ratio':>9}")
     for row in rows:
-        print(f"{row['row']:<60}{rounded(row['value']):>14}{row['ratio']:>9.2f}")
+        print(f"{row['row']:<60}{three_digits(row['value']):>14}{row['ratio']:>9.2f}")
     return rows
 
 
 # ---------------------------------------------------------------- input
-
-
-class PerSample(torch.utils.data.Dataset):
-    """The first `count` images, each by itself through the transform: (image, target) by index."""
-
-    def __init__(self, images: AlbumentationsImages, count: int, transform: Callable):
-        self.images, self.count, self.transform = images, count, transform
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(self.images.data[index]), self.images.targets[index]
 
 
 def bench_input(images: AlbumentationsImages, count: int = 8192, rounds: int = 5) -> list[dict]:
@@ -143,7 +122,7 @@ def bench_input(images: AlbumentationsImages, count: int = 8192, rounds: int = 5
     index = torch.from_numpy(index).to(DEVICE)
 
     def per_sample(transform: Callable) -> Row:
-        dataset = PerSample(images, count, transform)
+        dataset = original.PerSample(images, count, transform)
         loader = DataLoader(dataset, 1024, num_workers=2, persistent_workers=True)
         return Row(lambda: sum(len(batch.to(DEVICE)) for batch, _ in loader))
 
@@ -232,7 +211,7 @@ def random_batch(batch: int, size: int = 32) -> tuple[torch.Tensor, torch.Tensor
     return images, torch.randint(10, (batch,), device=DEVICE)
 
 
-def repeated(step: Callable[[], int], times: int, set_memory: Callable[[], None]) -> Row:
+def steps_as_row(step: Callable[[], int], times: int, set_memory: Callable[[], None]) -> Row:
     """A row of several steps. Before it, the memory is set and one step is not timed."""
 
     def prepare() -> None:
@@ -245,12 +224,14 @@ def repeated(step: Callable[[], int], times: int, set_memory: Callable[[], None]
 def bench_step() -> list[dict]:
     """A training step on a batch that is already on the device."""
     kind = str(precision(DEVICE)).removeprefix("torch.")
-    original_way = repeated(original_step(), 1, return_freed_memory)
+    original_way = steps_as_row(original_step(), 1, original.return_freed_memory)
     rows = {
         "the seed: fp32, NCHW, batch 1024, dropout 0.1, .item()": original_way,
-        "plain PyTorch: fp32, channels-last, batch 256": repeated(plain_step(), 4, return_freed_memory),
-        f"ours, uncompiled: {kind}, batch 256": repeated(our_step(), 4, keep_freed_memory),
-        f"ours: {kind}, compiled, batch 256": repeated(our_step(compile=True), 4, keep_freed_memory),
+        "plain PyTorch: fp32, channels-last, batch 256": steps_as_row(
+            plain_step(), 4, original.return_freed_memory
+        ),
+        f"ours, uncompiled: {kind}, batch 256": steps_as_row(our_step(), 4, keep_freed_memory),
+        f"ours: {kind}, compiled, batch 256": steps_as_row(our_step(compile=True), 4, keep_freed_memory),
     }
     values = in_turn(rows)
     values["ceiling: the same operations as one matrix product"] = matrix_rate() / flops_per_image()
@@ -318,7 +299,7 @@ def bench_epoch(images: AlbumentationsCIFAR10, tests: AlbumentationsCIFAR10) -> 
         step()  # in a run the system maps this memory once, not once a round
 
     rows = {
-        "the seed's epoch, testing included": Row(original_way, return_freed_memory),
+        "the seed's epoch, testing included": Row(original_way, original.return_freed_memory),
         "our epoch, testing included": Row(our_way, map_memory),
         "our training steps alone, on a batch that is there": Row(
             lambda: sum(step() for _ in range(count // 256))
@@ -383,9 +364,7 @@ def plot(table: Path, picture: Path) -> None:
         axes.margins(x=0.15)
         axes.spines[["top", "right"]].set_visible(False)
     right.invert_yaxis()
-    png = io.BytesIO()
-    figure.savefig(png)
-    write_file(picture, png.getvalue())
+    save_figure(figure, picture)
 
 
 # ---------------------------------------------------------------- predict

@@ -7,6 +7,7 @@ trains that way for as long as the runs of those histories took together. It wri
 
 import copy
 import csv
+import ctypes
 import os
 import sys
 import time
@@ -88,7 +89,27 @@ def kornia_transform() -> nn.Module:
     )
 
 
+class PerSample(torch.utils.data.Dataset):
+    """The first `count` images, each by itself through the transform: (image, target) by index."""
+
+    def __init__(self, images: AlbumentationsImages, count: int, transform: Callable):
+        self.images, self.count, self.transform = images, count, transform
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(self.images.data[index]), self.images.targets[index]
+
+
 # ---------------------------------------------------------------- training
+
+
+def return_freed_memory() -> None:
+    """Undo `keep_freed_memory`: glibc's defaults, as other projects run with them."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 65536)
+        libc.mallopt(-1, 128 * 1024)
 
 
 def build_loaders(images: AlbumentationsImages, tests: AlbumentationsImages) -> list[DataLoader]:
@@ -157,12 +178,12 @@ class TimedOneCycle:
         self.start = time.perf_counter()
         self.bar = tqdm(total=round(seconds), desc="the original project's way", unit="s")
 
-    def passed(self) -> float:
+    def seconds_so_far(self) -> float:
         return time.perf_counter() - self.start
 
     def step(self) -> bool:
         """Set the learning rate of this moment. Returns whether the time is over."""
-        passed = self.passed()
+        passed = self.seconds_so_far()
         part = min(self.parts * passed / self.seconds, self.parts - 1)
         while self.scheduler.last_epoch < part:
             self.scheduler.step()
@@ -178,11 +199,13 @@ def race(images: AlbumentationsImages, tests: AlbumentationsImages, seconds: flo
     schedule = TimedOneCycle(optimizer, seconds)
     rows = []
     with schedule.bar as bar:
-        while schedule.passed() < seconds:
+        while schedule.seconds_so_far() < seconds:
             # Without this, an image would get the same augmentation in every epoch.
             loaders[0].dataset.set_epoch(len(rows) + 1)
             accuracy = train_and_test(net, loaders, optimizer, schedule.step)
-            rows.append({"epoch": len(rows) + 1, "test_accuracy": accuracy, "seconds": schedule.passed()})
+            rows.append(
+                {"epoch": len(rows) + 1, "test_accuracy": accuracy, "seconds": schedule.seconds_so_far()}
+            )
             bar.set_postfix(epoch=len(rows), test=f"{accuracy:.2f} %")
     return rows
 
