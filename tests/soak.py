@@ -89,41 +89,48 @@ def small_run(folder: Path, seed: int, epochs: int) -> None:
     save_weights(net, folder / "net.safetensors", {})
 
 
-def result_of(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict], float]:
-    """The weights, the history and the seconds of training; all empty if the run did not end."""
-    if not (folder / "net.safetensors").exists():
-        return {}, [], 0.0
-    with open(folder / "history.csv") as file:
-        history = list(csv.DictReader(file))
-    seconds = sum(float(row.pop("seconds")) for row in history)
-    return load_file(folder / "net.safetensors"), history, seconds
+def history_of(folder: Path) -> list[dict[str, str]]:
+    """The rows of the run's history so far."""
+    file = folder / "history.csv"
+    return list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+
+
+def result_of(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """The history without its seconds, and the weights; no weights if the run did not end."""
+    history = history_of(folder)
+    for row in history:
+        del row["seconds"]
+    file = folder / "net.safetensors"
+    return history, load_file(file) if file.exists() else {}
 
 
 def round_of_kills(seed: int, epochs: int = 20, kills: int = 10) -> list[Result]:
-    """One run is killed up to `kills` times, one never."""
+    """One run is killed this many times, one never."""
     chance = random.Random(seed)
-    start(time.sleep, 0).join()  # the first process of all waits for the slow imports
+    done = 0
     with tempfile.TemporaryDirectory() as name:
         whole, killed = Path(name) / "whole", Path(name) / "killed"
         whole.mkdir()
         killed.mkdir()
-        began = time.monotonic()
         start(small_run, whole, seed, epochs).join()
-        total = time.monotonic() - began
-        expected_weights, expected_history, training = result_of(whole)
-        startup = total - training
-        done = 0
-        while done < kills:
+        for epoch in sorted(chance.choices(range(epochs - 2), k=kills)):
             process = start(small_run, killed, seed, epochs)
-            process.join(chance.uniform(startup / 2, startup + training / kills))
-            if not process.is_alive():  # the run has ended
-                break
+            while process.is_alive() and len(history_of(killed)) < epoch:
+                time.sleep(0.01)
+            history = history_of(killed)
+            seconds = float(history[-1]["seconds"]) if history else 0.3
+            process.join(
+                chance.uniform(0, seconds)
+            )  # into the next epoch, or while the run is being restored
+            done += process.is_alive()
             process.kill()
             process.join()
-            done += 1
         start(small_run, killed, seed, epochs).join()
-        weights, history, _ = result_of(killed)
-    same = len(history) == epochs and history == expected_history
+        expected_history, expected_weights = result_of(whole)
+        history, weights = result_of(killed)
+    same = (
+        len(history) == epochs and history == expected_history and weights.keys() == expected_weights.keys()
+    )
     same = same and all(torch.equal(weights[name], expected) for name, expected in expected_weights.items())
     if not same:
         print(f"kills, round {seed}: the result differs from that of the run that was never killed")
@@ -164,7 +171,7 @@ def download(facts: dict, sources: list[str], root: Path) -> None:
         setattr(cifar10.CIFAR10, name, facts[name])
     cifar10.ARCHIVE_SIZE = facts["size"]
     cifar10.SOURCES = tuple(sources)
-    cifar10.STALL_SECONDS = 0.3
+    cifar10.STALL_SECONDS = 1.5  # a busy machine may take a second to answer
     os.environ["no_proxy"] = "127.0.0.1"
     cifar10.find_cifar10(root, "full")
 
@@ -207,9 +214,9 @@ class FaultyServer(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(ConnectionError):  # the client has left
             self.send(body[begin:end], 65_536, 0.02 if fault == "slow" else 0)
             if fault == "stall":
-                time.sleep(1.5)
+                time.sleep(4)
             if fault == "trickle":
-                self.send(body[end : end + 40], 1, 0.05)
+                self.send(body[end : end + 40], 1, 0.1)
 
     def send(self, content: bytes, size: int, pause: float) -> None:
         for place in range(0, len(content), size):
@@ -317,7 +324,7 @@ def pictures() -> list[bytes]:
     return files
 
 
-def mutated(files: list[bytes], seed: int) -> bytes:
+def mutate(files: list[bytes], seed: int) -> bytes:
     """One of the files with one to four mutations."""
     chance = random.Random(seed)
     data = bytearray(chance.choice(files))
@@ -358,7 +365,7 @@ def predict_mutated(first: int, count: int, results) -> None:
         predict(net, data, test_transform(), CLASSES)
     before = resident_memory()
     for seed in range(first, first + count):
-        data = mutated(files, seed)
+        data = mutate(files, seed)
         began = time.monotonic()
         try:
             (answer,) = predict(net, data, test_transform(), CLASSES)

@@ -1,3 +1,5 @@
+"""The networks: shapes, weights, files, and the same answers whichever way a model is used."""
+
 import copy
 import io
 import pickle
@@ -10,13 +12,16 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 import model
 from batches import BatchLoader
+from conftest import REPOSITORY
 from dataset import ASSETS, AlbumentationsCIFAR10, image_folder
 from dataset import test_transform as no_augmentation
-from model import Dropout, Net, Teacher, whitening
+from model import Net, Teacher, whitening
 
 
 def test_parameters_and_shapes():
@@ -30,13 +35,16 @@ def test_parameters_and_shapes():
 
 def test_model_needs_torch_alone():
     source = Path(model.__file__).read_text()
-    imported = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
+    imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
+    imported = {line.split()[1].split(".")[0] for line in imports}
     assert imported == {"collections", "pathlib", "torch"}
 
 
 def test_the_names_of_the_weights_stay():
-    """Whoever keeps weights relies on them."""
-    norm = [f"norm.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
+    """Files of weights rely on them."""
+    norm = [
+        f"norm.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    ]
     blocks = {"separable": ["depthwise.weight", "pointwise.weight"]}
     blocks |= dict.fromkeys(("dilated1", "dilated2", "transition"), ["conv.weight"])
     stage = [f"{block}.{name}" for block, weights in blocks.items() for name in weights + norm]
@@ -45,15 +53,16 @@ def test_the_names_of_the_weights_stay():
 
 
 def rounding_error(net, inputs, targets) -> float:
-    """How far a batch's gradients in bfloat16 are from those in float64, as a share: the median over the convolutions."""
-    found = []
+    """The relative error of the gradients in bfloat16 against float64, as the median of the convolutions."""
+    gradients = []
     for dtype, low in ((torch.float32, True), (torch.float64, False)):
         net.to(dtype).zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
             logits = net(inputs.to(dtype))
         torch.nn.functional.cross_entropy(logits.to(dtype), targets).backward()
-        found.append([p.grad.double() for p in net.parameters() if p.ndim > 1])
-    return torch.stack([(rough - exact).norm() / exact.norm() for rough, exact in zip(*found)]).median().item()
+        gradients.append([p.grad.double() for p in net.parameters() if p.ndim > 1])
+    errors = [(rough - exact).norm() / exact.norm() for rough, exact in zip(*gradients)]
+    return torch.stack(errors).median().item()
 
 
 def test_gradients_survive_low_precision_from_the_first_step(images):
@@ -72,28 +81,53 @@ def pretrained():
 
 @pytest.fixture(scope="module")
 def images():
-    """A hundred test images, ten of each class, as the network takes them, and their classes."""
+    """100 test images, ten of each class, as the network takes them, and their classes."""
     sample = AlbumentationsCIFAR10(ASSETS, train=False, transform=no_augmentation())
     inputs, targets = next(iter(BatchLoader(sample, 500, shuffle=False)))
     return inputs[::5], targets[::5]
 
 
-def test_pretrained_by_path_by_hub_and_with_the_file_alone(pretrained, images, tmp_path, monkeypatch):
+def test_pretrained_weights_classify_and_tell_of_themselves(pretrained, images, tmp_path):
     inputs, targets = images
-    logits = pretrained(inputs)
-    assert (logits.argmax(1) == targets).float().mean() > 0.75 and not pretrained.training
-    assert pretrained.metadata["classes"].split(",")[3] == "cat" and len(pretrained.metadata["mean"].split(",")) == 3
-    monkeypatch.setitem(sys.modules, "model", ModuleType("the caller's own"))
-    hub = torch.hub.load(str(REPOSITORY), "net", source="local", pretrained=True)
-    assert torch.equal(hub(inputs), logits) and torch.equal(pickle.loads(pickle.dumps(hub))(inputs), logits)
-    assert torch.hub.load(str(REPOSITORY), "net", source="local", num_classes=7)(inputs).shape == (100, 7)
-    for file in (model.__file__, ASSETS / "net.safetensors"):
-        shutil.copy(file, tmp_path)
-    code = "import torch; from model import Net; print(Net.from_pretrained('net.safetensors')(torch.ones(1, 3, 32, 32))[0, 0].item())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert float(done.stdout) == pytest.approx(pretrained(torch.ones(1, 3, 32, 32))[0, 0].item(), abs=1e-5)
+    assert not pretrained.training
+    assert (pretrained(inputs).argmax(1) == targets).float().mean() > 0.75
+    assert pretrained.metadata["classes"].split(",")[3] == "cat"
+    assert len(pretrained.metadata["mean"].split(",")) == 3
     with pytest.raises(FileNotFoundError):
         Net.from_pretrained(tmp_path / "none")
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    save_file({"fc.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
+    with pytest.raises(RuntimeError, match=r"classifier\.weight(.|\n)*fc\.weight"):
+        Net.from_pretrained(tmp_path / "other.safetensors")
+    (tmp_path / "text.safetensors").write_text("a text of some length")
+    with pytest.raises(SafetensorError):
+        Net.from_pretrained(tmp_path / "text.safetensors")
+
+
+def test_pretrained_from_the_hub(pretrained, images, monkeypatch):
+    monkeypatch.setitem(sys.modules, "model", ModuleType("the caller's own"))
+    logits = pretrained(images[0])
+    hub = torch.hub.load(str(REPOSITORY), "net", source="local", pretrained=True)
+    assert torch.equal(hub(images[0]), logits)
+    assert torch.equal(pickle.loads(pickle.dumps(hub))(images[0]), logits)
+    fresh = torch.hub.load(str(REPOSITORY), "net", source="local", num_classes=7)
+    assert fresh(images[0]).shape == (100, 7)
+
+
+def test_pretrained_with_the_two_files_alone(pretrained, tmp_path):
+    for file in (model.__file__, ASSETS / "net.safetensors"):
+        shutil.copy(file, tmp_path)
+    code = """
+import torch
+from model import Net
+print(Net.from_pretrained("net.safetensors")(torch.ones(1, 3, 32, 32))[0, 0].item())
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    expected = pretrained(torch.ones(1, 3, 32, 32))[0, 0].item()
+    assert float(done.stdout) == pytest.approx(expected, abs=1e-5)
 
 
 def test_as_a_backbone(pretrained, images):
@@ -130,62 +164,46 @@ def pickled(net, inputs):
 
 
 def channels_last(net, inputs):
-    return copy.deepcopy(net).to(memory_format=torch.channels_last)(inputs.contiguous(memory_format=torch.channels_last))
+    net = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    return net(inputs.contiguous(memory_format=torch.channels_last))
 
 
 def half(net, inputs):
     return copy.deepcopy(net).bfloat16()(inputs.bfloat16()).float()
 
 
-@pytest.mark.filterwarnings("ignore")  # the exporters' own
-@pytest.mark.parametrize("way", [compiled, exported, in_onnx, pickled, channels_last, half], ids=lambda way: way.__name__)
-def test_the_same_answers_by_other_ways(way, pretrained, images):
+WAYS = (compiled, exported, in_onnx, pickled, channels_last, half)
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporters warn of themselves
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_the_same_answers_in_other_ways(way, pretrained, images):
     with torch.no_grad():
-        expected, found = (function(images[0]) for function in (pretrained, lambda inputs: way(pretrained, inputs)))
+        expected, answer = pretrained(images[0]), way(pretrained, images[0])
     if way is half:
-        assert (found.argmax(1) == expected.argmax(1)).float().mean() >= 0.95
+        assert (answer.argmax(1) == expected.argmax(1)).float().mean() >= 0.95
     else:
-        assert (found - expected).abs().max() < 1e-4
+        assert (answer - expected).abs().max() < 1e-4
 
 
 def test_a_folder_of_folders_is_a_data_set(tmp_path):
-    from PIL import Image
-
     sample = AlbumentationsCIFAR10(ASSETS, train=False)
     for i in (0, 50, 51):
         folder = tmp_path / sample.classes[sample.targets[i]]
         folder.mkdir(exist_ok=True)
         Image.fromarray(sample.data[i]).resize((64, 64), Image.Resampling.NEAREST).save(folder / f"{i}.png")
-    found = image_folder(tmp_path, no_augmentation())
-    assert found.classes == ["airplane", "automobile"] and found.targets == [0, 1, 1]
-    assert np.abs(found.data.astype(int) - sample.data[[0, 50, 51]]).mean() < 12  # scaled up and down again
-    inputs, targets = next(iter(BatchLoader(found, 3, shuffle=False)))
+    data = image_folder(tmp_path, no_augmentation())
+    assert data.classes == ["airplane", "automobile"] and data.targets == [0, 1, 1]
+    assert np.abs(data.data.astype(int) - sample.data[[0, 50, 51]]).mean() < 12  # scaled up and down again
+    inputs, targets = next(iter(BatchLoader(data, 3, shuffle=False)))
     assert inputs.shape == (3, 3, 32, 32) and targets.tolist() == [0, 1, 1]
-    assert torch.allclose(found[1][0], inputs[1], atol=1e-5)
+    assert torch.allclose(data[1][0], inputs[1], atol=1e-5)
     (tmp_path / "automobile/bad.png").write_bytes(b"bad")
     with pytest.raises(ValueError, match="bad.png"):
         image_folder(tmp_path)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_dropout_drops_the_share_it_says_and_keeps_the_mean(memory_format):
-    torch.manual_seed(0)
-    ones = torch.ones(8, 32, 33, 31).contiguous(memory_format=memory_format).requires_grad_()
-    dropped = Dropout(0.1)(ones)
-    assert dropped.is_contiguous(memory_format=memory_format)
-    share = (dropped == 0).float().mean().item()
-    assert abs(share - 0.1) < 0.002  # three standard deviations of 261,888 draws
-    assert dropped[dropped > 0].unique().tolist() == pytest.approx([1 / 0.9], rel=1e-5)
-    # No neighbours share a fate: along every axis two in a row are dropped as often as chance has it.
-    for axis in range(4):
-        zeros = (dropped == 0).float()
-        both = (zeros.narrow(axis, 1, zeros.shape[axis] - 1) * zeros.narrow(axis, 0, zeros.shape[axis] - 1)).mean().item()
-        assert abs(both - 0.01) < 0.0012
-    dropped.sum().backward()
-    assert torch.equal(ones.grad, dropped.detach())
-
-
-def test_the_teacher_sees_whitened_patches_and_learns_the_rest():
+def test_the_teacher_gets_whitened_patches_and_learns_the_rest():
     loader = BatchLoader(AlbumentationsCIFAR10(ASSETS, transform=no_augmentation()), 100, shuffle=True)
     images, targets = next(iter(loader))
     teacher = Teacher(whitening(images))
@@ -199,18 +217,22 @@ def test_the_teacher_sees_whitened_patches_and_learns_the_rest():
     assert [name for name, p in teacher.named_parameters() if p.grad is None] == ["features.0.weight"]
 
 
-def test_dropout_where_the_cheap_mask_does_not_fit():
-    ones = torch.ones(4, 8, 6, 6)
-    assert (Dropout(0.999999)(ones) == 0).all()  # 1,152 draws at one in a million
-    strided = Dropout(0.5)(ones[:, ::2])
-    assert strided.shape == (4, 4, 6, 6) and set(strided.unique().tolist()) == {0.0, 2.0}
-
-
-def test_dropout_draws_nothing_where_there_is_nothing_to_drop():
-    images = torch.randn(2, 3, 4, 4)
-    before = torch.get_rng_state()
-    assert torch.equal(Dropout(0.0)(images), images)
-    assert torch.equal(Dropout(0.5).eval()(images), images)
-    assert torch.equal(torch.get_rng_state(), before)
+def test_dropout_ends_each_block_and_acts_in_training_only(images):
+    torch.manual_seed(0)
+    net = Net(dropout=0.2)
+    blocks = [block for stage in (net.stage1, net.stage2, net.stage3, net.stage4) for block in stage]
+    assert [list(block._modules)[-3:] for block in blocks] == [["relu", "norm", "dropout"]] * 16
+    maps = net.stage1.separable(images[0])
+    assert abs((maps == 0).float().mean().item() - 0.2) < 0.01
+    assert not torch.equal(net(images[0]), net(images[0]))
+    net.eval()
+    assert torch.equal(net(images[0]), net(images[0]))
     with pytest.raises(ValueError):
         Net(dropout=1.5)
+
+
+def test_without_dropout_nothing_is_random(images):
+    net = Net()
+    before = torch.get_rng_state()
+    assert torch.equal(net(images[0]), net(images[0]))
+    assert torch.equal(torch.get_rng_state(), before)

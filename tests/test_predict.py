@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY
 from PIL import Image
 
+from conftest import REPOSITORY
 from dataset import ASSETS, CLASSES, AlbumentationsCIFAR10
 from predict import files_in, main
 
