@@ -1,4 +1,4 @@
-"""What the tests share. All pass without the full CIFAR-10; those that look at it say so where they are skipped."""
+"""What the tests share. Without the full CIFAR-10 those that need it are skipped, and the others pass."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c() -> None:
-    """Ctrl-C as in a terminal: a shell that started the tests in its background has it ignored, and some test it."""
+    """Ctrl-C as in a terminal: a shell that starts the tests in its background makes them ignore it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

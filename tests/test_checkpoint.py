@@ -1,8 +1,10 @@
-"""Runs that are stopped, damaged, poisoned or handed over by strangers. The kills themselves are in soak.py."""
+"""Runs that are interrupted, damaged, poisoned or handed over by strangers. soak.py kills them, too."""
 
 import csv
 import os
 import pickle
+import random
+import re
 import signal
 import threading
 import warnings
@@ -13,139 +15,223 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
+import checkpoint
+import training_utils
+from checkpoint import describe, difference, load_checkpoint, previous, save_checkpoint, save_weights
 from dataset import ASSETS
 from model import Net
-from checkpoint import describe, load_checkpoint, previous, save_weights
 from training_utils import fit
 
 EPOCHS, STEPS = 5, 4
 
 
 class Batches(list):
-    """Random batches that call `event` before one of them."""
+    """Random batches, with noise from Python and NumPy, that call `event` before one of them."""
 
     def __init__(self, epoch=0, step=0, event=None):
         generator = torch.Generator().manual_seed(0)
         for _ in range(STEPS):
-            self.append((torch.randn(8, 1, 4, 4, generator=generator), torch.randint(3, (8,), generator=generator)))
-        self.epoch, self.when, self.event = 0, (epoch, step), event
+            images = torch.randn(8, 1, 4, 4, generator=generator)
+            self.append((images, torch.randint(3, (8,), generator=generator)))
+        self.epoch = 0
+        self.when = epoch, step
+        self.event = event
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
     def __iter__(self):
         for step, (images, targets) in enumerate(super().__iter__(), 1):
+            images = images + 0.1 * random.random() - 0.1 * np.random.rand()
             if self.event and (self.epoch, step) == self.when:
                 images = self.event(images)
             yield images, targets
 
 
+def linear_decay(step):
+    return 1 - step / (EPOCHS * STEPS)
+
+
 def run(
-    folder, loader=None, rate=lambda step: 1 - step / (EPOCHS * STEPS), seed=0, epochs=EPOCHS, momentum=0.9, dropout=0.5, frozen=0,
-    **options
-):  # fmt: skip
-    """A run with dropout, momentum, an average and a schedule, in a folder; its weights and its history but for seconds."""
+    folder,
+    loader=None,
+    rate=linear_decay,
+    seed=0,
+    epochs=EPOCHS,
+    momentum=0.9,
+    dropout=0.5,
+    frozen=0,
+    ema_decay=0.9,
+    **options,
+):
+    """Train in a folder, with dropout, momentum, an average and a schedule.
+
+    Returns the weights, and the history without the seconds.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(dropout), nn.Linear(16, 3))
+    layers = nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(dropout), nn.Linear(16, 3)
+    model = nn.Sequential(nn.Flatten(), *layers)
     optimizer = torch.optim.SGD(list(model.parameters())[frozen:], lr=0.1, momentum=momentum)
+    files = {"checkpoint": folder / "net.pt", "history_file": folder / "history.csv"}
     recipe = {"seed": seed, "augmentation": "flip " * 30 + "crop"}
-    options = {"checkpoint": folder / "net.pt", "history_file": folder / "history.csv", "recipe": recipe} | options
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    history = fit(model, loader or Batches(), Batches(), optimizer, scheduler, epochs=epochs, ema_decay=0.9, **options)
-    return model.state_dict(), [{name: value for name, value in row.items() if name != "seconds"} for row in history]
+    history = fit(
+        model,
+        loader or Batches(),
+        Batches(),
+        optimizer,
+        LambdaLR(optimizer, rate),
+        epochs=epochs,
+        ema_decay=ema_decay,
+        **{"recipe": recipe, **files, **options},
+    )
+    return model.state_dict(), [{k: v for k, v in row.items() if k != "seconds"} for row in history]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
+    """The result of a run that nothing stopped."""
     return run(tmp_path_factory.mktemp("whole"))
 
 
-def same(found, expected):
-    return all(torch.equal(found[0][key], expected[0][key]) for key in expected[0]) and found[1] == expected[1]
+def same(result, expected):
+    (weights, history), (expected_weights, expected_history) = result, expected
+    equal = [torch.equal(weights[key], value) for key, value in expected_weights.items()]
+    return all(equal) and history == expected_history
 
 
-def stopped_in(epoch, folder):
+def press_ctrl_c(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupted_in(epoch, folder):
     """A run that a real Ctrl-C ends in the middle of that epoch."""
-    pressed = []
-
-    def press(images):
-        pressed.append(os.kill(os.getpid(), signal.SIGINT))
-        return images
-
-    result = run(folder, Batches(epoch, 2, press))
-    assert pressed
+    loader = Batches(epoch, 2, press_ctrl_c)
+    result = run(folder, loader)
+    assert loader.epoch == epoch, "it was pressed"
     return result
 
 
-def test_ctrl_c_keeps_the_finished_epochs_and_the_next_call_goes_on(tmp_path, whole, capsys):
-    weights, history = stopped_in(3, tmp_path)
-    assert history == whole[1][:2] and "Interrupted after 2 of 5 epochs" in capsys.readouterr().out
+def fill_disk(path):
+    """Let the next write of the file fail as on a full disk."""
+    Path(f"{path}.{os.getpid()}.partial").symlink_to("/dev/full")
+
+
+# ---------------------------------------------------------------- interrupted runs
+
+
+def test_ctrl_c_keeps_the_finished_epochs_and_the_next_call_continues(tmp_path, whole, capsys):
+    weights, history = interrupted_in(3, tmp_path)
+    assert history == whole[1][:2]
+    assert "Interrupted after 2 of 5 epochs: history and weights are those of" in capsys.readouterr().out
     with open(tmp_path / "history.csv") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
     average = load_checkpoint(tmp_path / "net.pt")["average"]
     assert all(torch.equal(weights[key], average[key]) for key in weights)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert same(run(tmp_path), whole)
     out = capsys.readouterr().out
-    assert "net.pt holds 2 of 5 epochs of this run:\nEpoch 1: Train: Loss=" in out and "Going on at learning rate 0.06" in out
-    with pytest.raises(KeyboardInterrupt, match="first epoch"):
-        stopped_in(1, tmp_path / "other")
+    assert "net.pt holds 2 of 5 epochs of this run:\nEpoch 1: Train: Loss=" in out
+    assert "Continuing at learning rate 0.06\n" in out
 
 
-def test_ctrl_c_belongs_to_the_main_thread(tmp_path, whole):
-    found = []
-    thread = threading.Thread(target=lambda: found.append(run(tmp_path)))
+def test_ctrl_c_in_the_first_epoch_is_raised(tmp_path):
+    with pytest.raises(KeyboardInterrupt, match="in the first epoch: there is nothing to keep"):
+        interrupted_in(1, tmp_path)
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_keeps_the_epochs_before(tmp_path, whole, monkeypatch):
+    def save(state, path):
+        if len(state["history"]) == 3:
+            press_ctrl_c()
+        save_checkpoint(state, path)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
+    _, history = run(tmp_path)
+    assert history == whole[1][:2]
+    assert len(load_checkpoint(tmp_path / "net.pt")["history"]) == 2
+    monkeypatch.undo()
+    assert same(run(tmp_path), whole)
+
+
+def test_fit_runs_in_a_thread(tmp_path, whole):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run(tmp_path)))
     thread.start()
     thread.join()
-    assert same(found[0], whole)
+    assert same(results[0], whole)
 
 
-def test_a_second_ctrl_c_is_raised_at_once(tmp_path):
-    def press_twice(images):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        raise AssertionError("it went on")
-
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, Batches(3, 2, press_twice))
-
-
-@pytest.mark.parametrize("whose", ["the loader's", "its batch sampler's", "the statistics'"])
-def test_a_loader_s_own_generator_goes_on_too(whose, tmp_path):
+@pytest.mark.parametrize("owner", ["loader", "batch sampler", "statistics"])
+def test_random_generators_of_loaders_continue(owner, tmp_path):
     images = torch.utils.data.TensorDataset(torch.randn(32, 1, 4, 4), torch.randint(3, (32,)))
 
     def loaders():
         generator = torch.Generator().manual_seed(1)
-        order = torch.utils.data.RandomSampler(images, generator=generator)
-        if whose == "its batch sampler's":
-            return {"loader": torch.utils.data.DataLoader(images, batch_sampler=torch.utils.data.BatchSampler(order, 8, False))}
-        name = "loader" if whose == "the loader's" else "statistics"
-        return {name: torch.utils.data.DataLoader(images, 8, shuffle=True, generator=generator)}
+        if owner == "batch sampler":
+            order = torch.utils.data.RandomSampler(images, generator=generator)
+            sampler = torch.utils.data.BatchSampler(order, 8, False)
+            return {"loader": torch.utils.data.DataLoader(images, batch_sampler=sampler)}
+        return {owner: torch.utils.data.DataLoader(images, 8, shuffle=True, generator=generator)}
+
+    def interrupt(row):
+        if row["epoch"] == 2:
+            press_ctrl_c()
 
     expected = run(tmp_path / "whole", **loaders())
-    run(tmp_path / "stopped", **loaders(), on_epoch=lambda row: os.kill(os.getpid(), signal.SIGINT) if row["epoch"] == 2 else None)
-    assert len(load_checkpoint(tmp_path / "stopped/net.pt")["history"]) == 2
-    assert same(run(tmp_path / "stopped", **loaders()), expected)
+    run(tmp_path / "interrupted", **loaders(), on_epoch=interrupt)
+    assert len(load_checkpoint(tmp_path / "interrupted/net.pt")["history"]) == 2
+    assert same(run(tmp_path / "interrupted", **loaders()), expected)
 
 
-def test_a_history_that_a_kill_left_short_is_completed(tmp_path):
+def test_history_file_left_short_by_a_kill_is_completed(tmp_path):
     run(tmp_path)
     (tmp_path / "history.csv").unlink()
     run(tmp_path)
     assert len((tmp_path / "history.csv").read_text().splitlines()) == 1 + EPOCHS
 
 
+def test_finished_run_is_loaded_and_not_trained_again(tmp_path, whole, capsys, monkeypatch):
+    run(tmp_path)
+    capsys.readouterr()
+    monkeypatch.setattr(training_utils, "compiled", None)
+    loader = Batches(0, 1, lambda images: pytest.fail("a finished run is trained again"))
+    assert same(run(tmp_path, loader, compile=True), whole)
+    out = capsys.readouterr().out
+    assert "Nothing is left to train. To train again: resume=False" in out
+    assert "Training on" not in out and "Continuing" not in out
+    fill_disk(tmp_path / "history.csv")
+    with pytest.warns(UserWarning, match=r"history\.csv could not be written \(.*No space left.*continues"):
+        assert same(run(tmp_path, loader), whole)
+
+
+def test_a_run_without_files_writes_none(tmp_path, whole):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(run(tmp_path, checkpoint=None, history_file=None), whole)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_may_write_its_history_alone(tmp_path, whole):
+    assert same(run(tmp_path, checkpoint=None, history_file=tmp_path / "new/folder/history.csv"), whole)
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["history.csv"]
+
+
+# ---------------------------------------------------------------- damaged checkpoints
+
+
 def damage(path, kind):
     data = path.read_bytes()
     middle = len(data) // 2
-    path.write_bytes({"cut": data[:middle], "empty": b"", "noise": data[:middle] + os.urandom(64) + data[middle + 64 :]}[kind])
+    noise = data[:middle] + os.urandom(64) + data[middle + 64 :]
+    path.write_bytes({"cut": data[:middle], "empty": b"", "noise": noise}[kind])
 
 
 @pytest.mark.parametrize("kind", ["cut", "empty", "noise"])
-def test_of_a_damaged_checkpoint_the_previous_one_is_used(kind, tmp_path, whole, capsys):
-    stopped_in(4, tmp_path)
+def test_the_previous_checkpoint_replaces_a_damaged_one(kind, tmp_path, whole, capsys):
+    interrupted_in(4, tmp_path)
     damage(tmp_path / "net.pt", kind)
     damaged = (tmp_path / "net.pt").read_bytes()
     with pytest.warns(UserWarning, match=r"net\.pt is unusable .*net\.\d.*\.pt: using .*net\.previous\.pt"):
@@ -155,77 +241,90 @@ def test_of_a_damaged_checkpoint_the_previous_one_is_used(kind, tmp_path, whole,
 
 
 def test_without_a_good_checkpoint_an_error_and_nothing_overwritten(tmp_path):
-    stopped_in(4, tmp_path)
+    interrupted_in(4, tmp_path)
     for path in (tmp_path / "net.pt", previous(tmp_path / "net.pt")):
         damage(path, "noise")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=r"net\.pt \(.*net\.previous\.pt \(.*move what is there away"):
+    message = r"net\.pt \(.*net\.previous\.pt \(.*move what is there away to start again"
+    with pytest.raises(ValueError, match=message):
         run(tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_killed_between_the_two_renames(tmp_path, whole):
-    stopped_in(4, tmp_path)
+def test_a_file_of_another_kind_is_no_checkpoint(tmp_path):
+    torch.save({"model": {}}, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match=r"net\.pt \(not a checkpoint of fit\)"):
+        run(tmp_path)
+
+
+def test_a_kill_between_the_two_renames_costs_an_epoch(tmp_path, whole):
+    interrupted_in(4, tmp_path)
     os.replace(tmp_path / "net.pt", tmp_path / "net.pt.partial")
     assert same(run(tmp_path), whole)
 
 
-def test_a_full_disk_costs_a_warning_and_an_epoch(tmp_path, whole):
+def test_a_full_disk_costs_a_warning_and_the_next_epoch_is_saved(tmp_path, whole):
     def fill(images):
-        (tmp_path / f"net.pt.{os.getpid()}.partial").symlink_to("/dev/full")  # a write there is refused as on a full disk
+        fill_disk(tmp_path / "net.pt")
         return images
 
-    with pytest.warns(UserWarning, match=r"epoch 3 could not be saved \(.*No space left.*net\.pt is as it was after epoch 2"):
+    message = r"epoch 3 could not be saved \(.*No space left.*net\.pt is as it was after epoch 2"
+    with pytest.warns(UserWarning, match=message):
         assert same(run(tmp_path, Batches(3, 1, fill)), whole)
     assert len(load_checkpoint(tmp_path / "net.pt")["history"]) == EPOCHS
     assert len(load_checkpoint(previous(tmp_path / "net.pt"))["history"]) == EPOCHS - 1
+    assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path):
+# ---------------------------------------------------------------- bad numbers
+
+
+def test_a_bad_loss_stops_the_run_and_is_not_saved(tmp_path):
     with pytest.raises(FloatingPointError) as error:
         run(tmp_path, Batches(3, 2, lambda images: images * torch.inf))
-    for part in ("epoch 3:", "found nan in step 2 of 4 at learning rate 0.055", "net.pt is as it was after epoch 2"):
-        assert part in str(error.value)
+    message = (
+        r"epoch 3: .*found nan in step 2 of 4 at learning rate 0\.055: .*net\.pt is as it was after epoch 2"
+    )
+    assert re.match(message, str(error.value))
     state = load_checkpoint(tmp_path / "net.pt")
-    assert len(state["history"]) == 2 and all(value.isfinite().all() for value in state["model"].values())
+    assert len(state["history"]) == 2
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_a_bad_loss_after_resuming_names_the_checkpoint_that_was_resumed(tmp_path):
+    interrupted_in(3, tmp_path)
+    with pytest.raises(FloatingPointError, match=r"epoch 3: .*net\.pt is as it was after epoch 2"):
+        run(tmp_path, Batches(3, 1, lambda images: images * torch.nan))
+
+
+def test_a_bad_loss_in_the_first_epoch_says_that_nothing_was_saved(tmp_path):
     with pytest.raises(FloatingPointError, match="epoch 1: .*no checkpoint was saved"):
-        run(tmp_path / "other", Batches(1, 1, lambda images: images * torch.nan))
+        run(tmp_path, Batches(1, 1, lambda images: images * torch.nan))
 
 
-def test_weights_that_the_last_step_spoils_are_not_saved(tmp_path):
+def test_weights_spoilt_by_the_last_step_are_not_saved(tmp_path):
     with pytest.raises(FloatingPointError, match="epoch 2: expected finite weights"):
         run(tmp_path, rate=lambda step: torch.inf if step == 2 * STEPS - 1 else 1.0)
     assert len(load_checkpoint(tmp_path / "net.pt")["history"]) == 1
 
 
-def test_a_state_that_could_not_be_read_again_is_refused_at_the_first_epoch(tmp_path):
+def test_a_state_that_could_not_be_read_back_is_refused_at_the_first_epoch(tmp_path):
     with pytest.raises(TypeError, match=r"expected .*found numpy\.\S+: convert with float"):
         run(tmp_path, rate=lambda step: np.float64(0.5))
     assert not (tmp_path / "net.pt").exists()
 
 
-class Refused(list):
-    def __iter__(self):
-        raise AssertionError("a finished run is not trained again")
-
-
-def test_a_finished_run_is_said_and_loaded(tmp_path, whole, capsys):
-    run(tmp_path)
-    loader = Refused(Batches())
-    assert same(run(tmp_path, loader), whole)
-    assert "Nothing is left to train" in capsys.readouterr().out
-    (tmp_path / "history.csv").unlink()
-    (tmp_path / f"history.csv.{os.getpid()}.partial").symlink_to("/dev/full")  # a write there is refused as on a full disk
-    with pytest.warns(UserWarning, match=r"history\.csv could not be written \(.*No space left"):
-        assert same(run(tmp_path, loader), whole)
+# ---------------------------------------------------------------- which run it is
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, reason",
     [
         ({"seed": 1}, "seed was 0, is 1"),
         ({"epochs": 6}, "epochs was 5, is 6"),
-        ({"statistics": Batches()}, "statistics was running, is taken anew"),
+        ({"loader": Batches()[:3]}, "steps an epoch was 4, is 3"),
+        ({"ema_decay": 0.8}, "decay of the average was 0.9, is 0.8"),
+        ({"statistics": Batches()}, "statistics was running, is from images without augmentation"),
         ({"recipe": {"seed": 0, "augmentation": "flip " * 30 + "cut"}}, "flip crop, is lip flip"),
         ({"momentum": 0.8}, "'momentum': 0.9"),
         ({"frozen": 4}, "'trained': 355"),
@@ -233,41 +332,100 @@ def test_a_finished_run_is_said_and_loaded(tmp_path, whole, capsys):
         ({"resume": False}, "is not resumed, as asked"),
     ],
 )
-def test_another_run_is_said_kept_and_not_mixed(change, said, tmp_path, capsys):
-    stopped_in(3, tmp_path)
-    before = (tmp_path / "net.pt").read_bytes()
-    expected = run(tmp_path / "apart", **{name: value for name, value in change.items() if name != "resume"})
+def test_another_run_is_named_kept_and_not_mixed(change, reason, tmp_path, capsys):
+    interrupted_in(3, tmp_path)
+    files = tmp_path / "net.pt", previous(tmp_path / "net.pt")
+    before = [file.read_bytes() for file in files]
+    apart = {name: value for name, value in change.items() if name != "resume"}
+    expected = run(tmp_path / "apart", **apart)
     capsys.readouterr()
     assert same(run(tmp_path, **change), expected)
-    assert said in capsys.readouterr().out
-    assert [path.read_bytes() for path in tmp_path.glob("net.2*.pt")] == [before]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if reason in line]
+    assert re.search(r"net\.2\S+\.pt and \S+net\.previous\.2\S+\.pt, starting with epoch 1$", line)
+    for kept, content in zip(("net.2*.pt", "net.previous.2*.pt"), before):
+        assert [path.read_bytes() for path in tmp_path.glob(kept)] == [content]
 
 
-def test_what_fit_says_of_a_run_stands_above_the_recipe_given(tmp_path, capsys):
-    given = {"recipe": {"epochs": "all of them", "model": "mine"}}
-    run(tmp_path, **given)
-    assert same(run(tmp_path, dropout=0.4, **given), run(tmp_path / "apart", dropout=0.4, **given))
-    assert "Dropout(p=0.5" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "change, reason", [({"dropout": 0.4}, "Dropout(p=0.5"), ({"epochs": 6}, "epochs was 5, is 6")]
+)
+def test_fit_s_own_keys_take_precedence_in_the_recipe(change, reason, tmp_path, capsys):
+    options = {"recipe": {"epochs": "all of them", "model": "mine"}}
+    run(tmp_path, **options)
+    expected = run(tmp_path / "apart", **options, **change)
+    assert same(run(tmp_path, **options, **change), expected)
+    assert reason in capsys.readouterr().out
+
+
+def test_difference_names_the_first_key_that_differs():
+    assert difference({"a": "1", "b": "2"}, {"b": "2", "a": "1"}) is None
+    assert difference({"a": "1"}, {"a": "1", "b": "2"}) == "b was not given, is 2"
+    assert difference({"a": "1", "b": "2"}, {"a": "1"}) == "b was 2, is not given"
+    assert difference({"a": "1", "b": "2"}, {"b": "3", "a": "2"}) == "b was 2, is 3"
+    old, new = 50 * "-" + "x" + 50 * "o", 50 * "-" + "y" + 50 * "o"
+    assert difference({"a": old}, {"a": new}) == f"a was {old[20:80]}, is {new[20:80]}"
+
+
+def weight():
+    return nn.Parameter(torch.zeros(1))
 
 
 def test_schedules_of_several_parts_are_told_apart():
-    def described(warmup, length):
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        parts = [LinearLR(optimizer, 0.1, total_iters=warmup), CosineAnnealingLR(optimizer, length)]
+    def describe_schedule(warm_up, length):
+        optimizer = torch.optim.SGD([weight()], lr=1.0)
+        parts = [LinearLR(optimizer, 0.1, total_iters=warm_up), CosineAnnealingLR(optimizer, length)]
         schedule = SequentialLR(optimizer, parts, [5])
         before = describe(optimizer, schedule)
         for _ in range(7):
             optimizer.step()
             schedule.step()
-        assert describe(optimizer, schedule) == before, "as they were before they were stepped"
+        assert describe(optimizer, schedule) == before, "steps do not change it"
         return before
 
-    assert described(5, 10) == described(5, 10)
-    assert described(5, 10) != described(5, 20) and described(5, 10) != described(4, 10)
+    assert describe_schedule(5, 10) == describe_schedule(5, 10)
+    assert describe_schedule(5, 10) != describe_schedule(5, 20)
+    assert describe_schedule(5, 10) != describe_schedule(4, 10)
+
+
+def test_a_momentum_that_cycles_is_not_part_of_the_description():
+    optimizer = torch.optim.SGD([weight()], lr=1.0, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=10)
+    before = describe(optimizer, schedule)
+    for _ in range(3):
+        optimizer.step()
+        schedule.step()
+    assert describe(optimizer, schedule) == before
+
+
+def test_without_a_schedule_the_learning_rate_is_described():
+    first, second = (describe(torch.optim.SGD([weight()], lr), None) for lr in (0.1, 0.2))
+    assert first["parameters 0"]["lr"] == 0.1
+    assert first != second
+
+
+def test_frozen_parameters_are_described():
+    first, second = weight(), weight().requires_grad_(False)
+    assert describe(torch.optim.SGD([first], 0.1), None) != describe(torch.optim.SGD([second], 0.1), None)
+
+
+def test_a_function_is_described_without_its_address():
+    class Schedule(LRScheduler):
+        def __init__(self, optimizer):
+            self.rule = lambda step: 1.0
+            super().__init__(optimizer)
+
+        def get_lr(self):
+            return [self.rule(self.last_epoch)]
+
+    first, second = (torch.optim.SGD([weight()], 0.1) for _ in range(2))
+    assert describe(first, Schedule(first)) == describe(second, Schedule(second))
+
+
+# ---------------------------------------------------------------- strangers' files
 
 
 class Payload:
-    """Pickled, it writes a file when it is loaded."""
+    """When it is unpickled, it writes a file."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -276,10 +434,10 @@ class Payload:
         return Path.touch, (Path(self.path),)
 
 
-def test_a_crafted_file_is_refused_and_does_not_run(tmp_path):
+def test_a_crafted_file_is_refused_and_its_code_does_not_run(tmp_path):
     ran = tmp_path / "ran"
     pickle.loads(pickle.dumps(Payload(ran)))
-    assert ran.exists(), "what this test is there to tell apart"
+    assert ran.exists(), "the payload works"
     ran.unlink()
     torch.save({"recipe": Payload(ran), "model": Payload(ran)}, tmp_path / "net.pt")
     with pytest.raises(ValueError, match="unusable .*net.pt"):
@@ -293,23 +451,20 @@ def test_a_crafted_file_is_refused_and_does_not_run(tmp_path):
 
 
 def test_weights_come_back_and_another_network_s_are_refused_by_their_keys(tmp_path):
-    net = Net(num_classes=7)
+    net = Net(num_classes=7).to(memory_format=torch.channels_last)
     save_weights(net, tmp_path / "seven.safetensors", {"classes": "seven"})
-    again = Net.from_pretrained(tmp_path / "seven.safetensors")
-    assert again.metadata == {"classes": "seven"}
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in net.state_dict().items())
+    loaded = Net.from_pretrained(tmp_path / "seven.safetensors")
+    assert loaded.metadata == {"classes": "seven"}
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in net.state_dict().items())
     net.stage2.dilated1.conv = nn.Conv2d(40, 40, 1, bias=False)
-    for other, key in ((net, "size mismatch for stage2.dilated1.conv.weight"), (nn.Linear(2, 2), "stage1.separable.depthwise.weight")):
+    others = {
+        "size mismatch for stage2.dilated1.conv.weight": net,
+        "stage1.separable.depthwise.weight": nn.Linear(2, 2),
+    }
+    for key, other in others.items():
         save_weights(other, tmp_path / "other.safetensors", {})
         with pytest.raises(RuntimeError, match=key):
             Net.from_pretrained(tmp_path / "other.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((ASSETS / "net.safetensors").read_bytes()[:-1])
     with pytest.raises(SafetensorError):
         Net.from_pretrained(tmp_path / "cut.safetensors")
-
-
-def test_a_run_without_a_checkpoint_writes_none(tmp_path, whole):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert same(run(tmp_path, checkpoint=None, history_file=None), whole)
-    assert not list(tmp_path.iterdir())

@@ -176,6 +176,33 @@ def test_an_epoch_keeps_its_answers_when_the_next_one_is_set():
         torch.testing.assert_close(answers, channel_means(pictures))
 
 
+def test_a_teacher_is_asked_when_an_epoch_is_set_and_again_if_that_was_interrupted():
+    images = AlbumentationsCIFAR10(ASSETS, train=False, transform=train_transform())
+    questions = []
+
+    def teacher(pictures):
+        questions.append(len(pictures))
+        if len(questions) == 1:
+            raise KeyboardInterrupt
+        return channel_means(pictures)
+
+    loader = TaughtLoader(BatchLoader(images, 150, shuffle=True), teacher, views=2)
+    with pytest.raises(KeyboardInterrupt):
+        loader.set_epoch(1)
+    assert len(list(loader)) == 4 and sum(questions[1:]) == 500
+    loader.set_epoch(2)
+    assert sum(questions[1:]) == 1000, "before the first batch"
+
+
+def test_a_loop_that_sets_no_epoch_learns_the_first_one():
+    images = AlbumentationsCIFAR10(ASSETS, train=False, transform=train_transform())
+    loader = TaughtLoader(BatchLoader(images, 150, shuffle=True), channel_means, views=2)
+    pictures, _, answers = next(iter(loader))
+    torch.testing.assert_close(answers, channel_means(pictures))
+    loader.set_epoch(1)
+    assert torch.equal(next(iter(loader))[0], pictures)
+
+
 def test_damaged_file_is_named_and_not_deleted(tmp_path):
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()

@@ -1,165 +1,220 @@
-"""Several processes train as one does: gloo on CPUs, real processes, launched by torchrun."""
+"""Several processes train as one does: gloo on CPUs, real processes, started by torchrun.
+
+Each launch takes seconds, so two of them serve all assertions. This file is also the script that torchrun
+runs: `test_distributed.py fail FOLDER`, and then `test_distributed.py resume FOLDER`.
+"""
 
 import csv
+import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from conftest import REPOSITORY
-
-from batches import BatchLoader
-from dataset import ASSETS, AlbumentationsCIFAR10, AlbumentationsImages, train_transform
-
-EPOCHS = 3
-RUN = """
-import sys
-
-import torch
 from torch import nn
 
-import training_utils
+import dataset
+import hardware
 from batches import BatchLoader
-from dataset import ASSETS, AlbumentationsCIFAR10, test_transform, train_transform
-from model import Net
+from conftest import REPOSITORY
+from dataset import ASSETS, AlbumentationsCIFAR10, AlbumentationsImages, train_transform
+from processes import join_processes, synchronize_batch_norm
+from training_utils import fit
 
-network, folder, fail_in = sys.argv[1], sys.argv[2], int(sys.argv[3])
-training_utils.precision = lambda device: torch.float32  # so that what differs is not rounding
-device, rank, processes = training_utils.join_processes()
-torch.manual_seed(0)
-between = (nn.BatchNorm2d(8), nn.Dropout(0.1)) if network == "small" else ()
-small = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), *between, nn.Conv2d(8, 8, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(392, 10))
-net = Net() if network == "Net" else small
+EPOCHS = 3
+PROCESSES = 3  # two would not tell in which order their gradients are summed: a + b = b + a, to the last bit
 
 
-class Loader(BatchLoader):
-    def set_epoch(self, epoch):
-        super().set_epoch(epoch)
-        if rank == 1 and epoch == fail_in:
+# ---------------------------------------------------------------- the script
+
+
+def train_in(
+    folder, device="cpu", rank=0, processes=1, *, norm=True, data="", before_epoch=lambda epoch: None
+):
+    """A run of a small network, with or without batch norm and dropout, with its files in this folder."""
+    torch.manual_seed(rank)  # rank 0's weights must reach the others
+    between = (nn.BatchNorm2d(8), nn.Dropout(0.1)) if norm else ()
+    layers = nn.Conv2d(3, 8, 3, 2), nn.ReLU(), *between, nn.Conv2d(8, 8, 3, 2), nn.ReLU(), nn.Flatten()
+    net = nn.Sequential(*layers, nn.Linear(392, 10))
+    train_set = AlbumentationsCIFAR10(ASSETS, True, train_transform())
+    train_set.data, train_set.targets = train_set.data[:1998], train_set.targets[:1998]  # equal shares
+    train_loader = BatchLoader(train_set, 240, True, device, rank, processes)
+    test_set = AlbumentationsCIFAR10(ASSETS, False, dataset.test_transform())
+    test_loader = BatchLoader(test_set, 125, False, device, rank, processes)
+
+    def set_epoch(epoch):
+        before_epoch(epoch)
+        BatchLoader.set_epoch(train_loader, epoch)
+
+    train_loader.set_epoch = set_epoch
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    options = {
+        "epochs": EPOCHS,
+        "ema_decay": 0.9,
+        "history_file": folder / "history.csv",
+        "checkpoint": folder / "net.pt",
+        "recipe": {"data": data},
+    }
+    fit(net, train_loader, test_loader, optimizer, **options)
+
+
+def history_of(folder):
+    with open(folder / "history.csv") as file:
+        rows = list(csv.DictReader(file))
+    return [{key: float(value) for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def main(scenario, folder):
+    hardware.precision = lambda device: torch.float32
+    device, rank, processes = join_processes()
+
+    def train(name, **options):
+        train_in(folder / name, device, rank, processes, **options)
+
+    def wait_for_epochs(count):
+        while not (folder / "broken/history.csv").exists() or len(history_of(folder / "broken")) < count:
+            time.sleep(0.01)
+
+    def fail(epoch):
+        if (rank, epoch) == (1, 2):
+            wait_for_epochs(1)
             raise RuntimeError("the second worker has failed")
 
+    def kill_itself(epoch):
+        if (rank, epoch) == (2, 3):
+            wait_for_epochs(2)
+            os.kill(os.getpid(), signal.SIGKILL)
 
-sample = AlbumentationsCIFAR10(ASSETS, True, train_transform())
-train_loader = Loader(sample, 200, True, device, rank, processes)
-test_loader = BatchLoader(AlbumentationsCIFAR10(ASSETS, False, test_transform()), 125, False, device, rank, processes)
-optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-files = {"history_file": f"{folder}/history.csv", "checkpoint": f"{folder}/net.pt"}
-recipe = {"network": network, "data": rank * (network == "different")}
-training_utils.fit(net, train_loader, test_loader, optimizer, epochs=EPOCHS, ema_decay=0.9, recipe=recipe, **files)
-""".replace("EPOCHS", str(EPOCHS))
-
-
-def start(processes: int, tmp_path, network: str, fail_in: int = 0) -> subprocess.Popen:
-    """The script above on so many processes; one is not launched at all."""
-    (tmp_path / "run.py").write_text(RUN)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(tmp_path / "run.py"), network, str(tmp_path), str(fail_in)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"},
-    )
+    if scenario == "fail":
+        message = "expected one run on all processes, found several by 'data'"
+        with pytest.raises(ValueError, match=message):
+            train("refused", data=rank)
+        train("plain", norm=False)
+        train("whole")
+        train("broken", before_epoch=fail)
+    else:
+        train("broken", before_epoch=kill_itself)
 
 
-def finish(run: subprocess.Popen) -> tuple[str, str]:
-    printed, errors = run.communicate(timeout=240)
-    assert run.returncode == 0, errors[-3000:]
-    return printed, errors
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
 
 
-def history_of(folder) -> list[dict[str, float]]:
-    with open(folder / "history.csv") as file:
-        return [{key: float(value) for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+# ---------------------------------------------------------------- the tests
+
+
+def launch(scenario, folder):
+    """Run the script above to its bad end; returns what it printed and its errors."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
+    environment = {
+        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}",
+        "PATH": "/usr/bin:/bin",
+        "OMP_NUM_THREADS": "1",
+        "NO_ALBUMENTATIONS_UPDATE": "1",
+    }
+    command = [sys.executable, *launcher, __file__, scenario, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    assert done.returncode != 0
+    commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not any(str(folder) in command for command in commands), "no worker is left"
+    return done.stdout, done.stderr
+
+
+def test_processes_train_as_one_and_a_broken_run_is_resumed(tmp_path, monkeypatch, capsys):
+    printed, errors = launch("fail", tmp_path)
+    assert "RuntimeError: the second worker has failed" in errors, errors[-3000:]
+    assert "Traceback" in errors and "Warning" not in errors
+    assert not (tmp_path / "refused/net.pt").exists()
+    # Rank 0 alone prints, and of all images: three epochs of two runs, and one of the broken run.
+    assert printed.count("Test set: ") == printed.count("/500 (") == 2 * EPOCHS + 1
+    assert len(history_of(tmp_path / "broken")) == 1
+
+    # One process has the same curve. Batch norm sees smaller batches in several, so it may differ a little.
+    monkeypatch.setattr(hardware, "precision", lambda device: torch.float32)
+    for name, norm, tolerance in (("plain", False, 1e-4), ("whole", True, 0.1)):
+        train_in(tmp_path / "one" / name, norm=norm)
+        histories = history_of(tmp_path / "one" / name), history_of(tmp_path / name)
+        for one, several in zip(*histories, strict=True):
+            assert several["train_loss"] == pytest.approx(one["train_loss"], abs=tolerance)
+            assert several["test_loss"] == pytest.approx(one["test_loss"], abs=tolerance)
+            if not norm:
+                one_image = 100 / 500 + 1e-9
+                assert several["test_accuracy"] == pytest.approx(one["test_accuracy"], abs=one_image)
+
+    # The same number of processes continues to the last bit, with dropout's masks and the running averages.
+    printed, errors = launch("resume", tmp_path)
+    assert re.search(rf"exitcode\s*: -{signal.SIGKILL.value}\b", errors), errors[-3000:]
+    assert "holds 1 of 3 epochs of this run" in printed
+    assert history_of(tmp_path / "broken") == history_of(tmp_path / "whole")[:2]
+
+    # Another number continues, too.
+    capsys.readouterr()
+    train_in(tmp_path / "broken")
+    assert "holds 2 of 3 epochs of this run" in capsys.readouterr().out
+    assert len(history_of(tmp_path / "broken")) == EPOCHS
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize("processes, size", [(2, 64), (3, 48)])
-def test_the_shares_are_one_process_s_batches_without_overlap(shuffle, processes, size):
-    sample = AlbumentationsCIFAR10(ASSETS, True)
-    images = AlbumentationsImages(sample.data[:200], list(range(200)), range(200), train_transform())  # the target is the index
+@pytest.mark.parametrize(
+    "processes, size, count, left_out", [(2, 64, 200, 0), (3, 48, 200, 2), (2, 64, 67, 3)]
+)
+def test_shares_are_one_process_s_batches_without_overlap(shuffle, processes, size, count, left_out):
+    pixels = AlbumentationsCIFAR10(ASSETS, True).data[:count]
+    indices = list(range(count))
+    images = AlbumentationsImages(pixels, indices, indices, train_transform())  # the target is the index
     loaders = [BatchLoader(images, size, shuffle, "cpu", rank, processes) for rank in range(processes)]
     whole = BatchLoader(images, size, shuffle)
     for loader in (whole, *loaders):
         loader.set_epoch(3)
     pictures = {int(target): image for batch, targets in whole for image, target in zip(batch, targets)}
-    seen = []
-    for together in zip(whole, *loaders):
-        (_, expected), *shares = together
-        found = torch.cat([targets for _, targets in shares])
-        assert set(found.tolist()) <= set(expected.tolist())
-        seen += found.tolist()
+    visited = []
+    for (_, expected), *shares in zip(whole, *loaders):
+        together = torch.cat([targets for _, targets in shares]).tolist()
+        assert set(together) <= set(expected.tolist())
+        visited += together
         for batch, targets in shares:
             assert all(torch.equal(image, pictures[int(target)]) for image, target in zip(batch, targets))
         if shuffle:
-            assert len({len(targets) for _, targets in shares}) == 1
-    assert len(set(seen)) == len(seen) >= 200 - (processes - 1) * shuffle
+            (length,) = {len(targets) for _, targets in shares}
+            assert length > 1, "batch norm cannot train on a single image"
+    assert len(set(visited)) == len(visited) == count - (left_out if shuffle else 0)
     assert [len(list(loader)) for loader in loaders] == [len(loader) for loader in loaders]
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():
     images = AlbumentationsCIFAR10(ASSETS, True, train_transform())
-    with pytest.raises(ValueError, match="expected batch_size >= 1, a multiple of the 3 processes, found 64"):
-        BatchLoader(images, 64, True, processes=3)
+    message = "expected batch_size >= 1, a multiple of the 3 processes, found "
+    for size in (64, 0):
+        with pytest.raises(ValueError, match=f"{message}{size}:"):
+            BatchLoader(images, size, True, processes=3)
 
 
-@pytest.mark.parametrize("network, tolerance", [("small, without batch norm", 1e-4), ("Net", 0.1)])
-def test_two_processes_with_half_the_batch_follow_one_s_curve(tmp_path, network, tolerance):
-    histories = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        printed, errors = finish(start(processes, folder, network))
-        assert printed.count("Test set: ") == EPOCHS and printed.count("/500 (") == EPOCHS  # one prints, of all the images
-        assert "Warning" not in errors
-        histories.append(history_of(folder))
-    for one, two in zip(*histories, strict=True):
-        # Batch norm sees half a batch: the training losses stay close, those of its running averages need not in 40 steps.
-        assert two["train_loss"] == pytest.approx(one["train_loss"], abs=tolerance)
-        if network != "Net":
-            assert two["test_loss"] == pytest.approx(one["test_loss"], abs=tolerance)
-            assert two["test_accuracy"] == pytest.approx(one["test_accuracy"], abs=0.21)  # one image of 500
+# ---------------------------------------------------------------- processes.py without processes
 
 
-def test_a_worker_that_fails_ends_the_run_with_its_traceback_and_any_number_goes_on(tmp_path):
-    (tmp_path / "whole").mkdir()
-    finish(start(2, tmp_path / "whole", "small"))
-    run = start(2, tmp_path, "small", fail_in=2)
-    _, errors = run.communicate(timeout=120)
-    assert run.returncode != 0
-    assert "Traceback" in errors and "RuntimeError: the second worker has failed" in errors
-    assert len(history_of(tmp_path)) == 1
-    saved = (tmp_path / "net.pt").read_bytes()
-    printed, _ = finish(start(2, tmp_path, "small"))
-    assert "holds 1 of 3 epochs of this run" in printed
-    assert history_of(tmp_path) == history_of(tmp_path / "whole")  # to the last bit, batch norm's statistics and dropout's masks included
-    (tmp_path / "net.pt").write_bytes(saved)
-    printed, _ = finish(start(1, tmp_path, "small"))
-    assert "holds 1 of 3 epochs of this run" in printed and len(history_of(tmp_path)) == EPOCHS
+def test_without_torchrun_there_is_one_process():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert join_processes() == (device, 0, 1)
 
 
-def test_processes_with_different_data_are_refused(tmp_path):
-    run = start(2, tmp_path, "different")
-    _, errors = run.communicate(timeout=120)
-    assert run.returncode != 0 and "ValueError: expected one run on all processes, found several by 'data'" in errors
-    assert not (tmp_path / "net.pt").exists()
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(RuntimeError, match="expected a GPU for each process, found 1: lower --nproc"):
+        join_processes()
 
 
-def test_a_worker_that_is_killed_ends_the_run(tmp_path):
-    run = start(2, tmp_path, "small")
-    for line in run.stdout:
-        if line.startswith("Epoch 2"):
-            break
-    workers = [child for child in psutil.Process(run.pid).children(recursive=True) if "run.py" in " ".join(child.cmdline())]
-    assert len(workers) == 2
-    workers[1].kill()
-    started = time.monotonic()
-    _, errors = run.communicate(timeout=120)
-    assert run.returncode != 0 and re.search(rf"exitcode\s*: -{signal.SIGKILL.value}\b", errors)
-    assert time.monotonic() - started < 60 and not any(worker.is_running() for worker in workers)
-    printed, _ = finish(start(1, tmp_path, "small"))
-    assert re.search(r"holds [12] of 3 epochs of this run", printed)
+def test_synchronized_batch_norms_share_the_model_s_weights():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    network = synchronize_batch_norm(model)
+    assert type(network[1]) is nn.SyncBatchNorm
+    assert type(model[1]) is nn.BatchNorm2d
+    shared = network.state_dict()
+    assert all(shared[key].data_ptr() == tensor.data_ptr() for key, tensor in model.state_dict().items())
