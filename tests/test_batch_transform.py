@@ -180,6 +180,8 @@ def test_same_picture_from_the_same_parameters(name, images, affine):
     table = transform.pack(parameters, len(images), originals.shape[1:3])
     result = transform(torch.from_numpy(originals), table).permute(0, 2, 3, 1).numpy()
     assert result.dtype == np.float32 and result.shape == np.shape(expected)
+    if expected[0].dtype == np.uint8:
+        assert -1e-3 < result.min() and result.max() < 255 + 1e-3
     difference = np.abs(result - np.float64(expected)).mean((1, 2, 3))
     assert difference.mean() <= bound and difference.max() < 1, (difference.mean(), difference.max())
     untouched = ~np.any([values["applied"] for values in parameters], axis=0)

@@ -1,7 +1,4 @@
-import csv
-
 import soak
-from conftest import REPOSITORY
 
 
 def assert_survived(results):
@@ -26,19 +23,3 @@ def test_a_fault_that_is_not_survived_is_counted(monkeypatch):
     monkeypatch.setattr(soak, "PARTS", rounds)
     rows = soak.soak(minutes=0)
     assert [list(row.values()) for row in rows] == [["kills", "SIGKILL", 3, 3], ["files", "bits", 5, 4]]
-
-
-def test_readme_shows_the_recorded_table():
-    readme = (REPOSITORY / "README.md").read_text()
-    with open(REPOSITORY / "assets/soak.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert {row["part"] for row in rows} == set(soak.PARTS)
-    totals = {part: sum(int(row["tried"]) for row in rows if row["part"] == part) for part in soak.PARTS}
-    damaged = next(int(row["tried"]) for row in rows if row["what"].startswith("mutated files"))
-    kills, downloads = totals["kills"], totals["downloads"]
-    assert f"{kills} kills while training, {downloads} downloads with broken servers or none" in readme
-    assert f"{damaged:,} damaged files. All survived." in readme
-    for row in rows:
-        assert row["tried"] == row["survived"]
-        tried, survived = int(row["tried"]), int(row["survived"])
-        assert f"| {row['part']} | {row['what']} | {tried:,} | {survived:,} |" in readme

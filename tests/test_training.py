@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import dataset
 import hardware
 import training_utils
-from batches import BatchLoader, TaughtLoader
+from batches import BatchLoader
 from dataset import ASSETS, AlbumentationsCIFAR10, train_transform
 from model import Net
 from muon import plan
@@ -183,47 +183,6 @@ def test_a_bad_loss_stops_training_at_once_on_a_cpu():
     with pytest.raises(FloatingPointError, match="found nan in step 2 of 4 at learning rate 0.1"):
         train(model, Loader(), sgd(model))
     assert len(list(batches)) == 2
-
-
-# ---------------------------------------------------------------- a teacher's loader
-
-
-def taught_loader(teacher):
-    images = AlbumentationsCIFAR10(ASSETS, transform=train_transform())
-    images.data, images.targets = images.data[:24], images.targets[:24]
-    return TaughtLoader(BatchLoader(images, 8, shuffle=True), teacher, views=2)
-
-
-def channel_means(images):
-    return images.mean((2, 3))
-
-
-def test_a_teacher_is_asked_when_its_epoch_is_set():
-    questions = []
-    loader = taught_loader(lambda images: questions.append(len(images)) or channel_means(images))
-    loader.set_epoch(1)
-    assert sum(questions) == 24
-
-
-def test_a_loop_without_epochs_sees_the_first_one():
-    first, second = taught_loader(channel_means), taught_loader(channel_means)
-    second.set_epoch(1)
-    for batch, expected in zip(first, second, strict=True):
-        assert all(torch.equal(part, expected_part) for part, expected_part in zip(batch, expected))
-
-
-def test_a_teacher_that_was_interrupted_is_asked_again():
-    def teacher(images):
-        if next(interruptions):
-            raise KeyboardInterrupt
-        return channel_means(images)
-
-    interruptions = iter([True, False])
-    loader = taught_loader(teacher)
-    with pytest.raises(KeyboardInterrupt):
-        loader.set_epoch(1)
-    for images, _, answers in loader:
-        torch.testing.assert_close(answers, channel_means(images))
 
 
 # ---------------------------------------------------------------- the moving average

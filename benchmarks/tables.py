@@ -1,0 +1,448 @@
+"""Write every table and measured figure of the pages from the recorded files: `python benchmarks/tables.py`.
+
+A page marks a place with `<!-- name -->` and `<!-- end -->`. The function of that name, below, gives what
+stands between them, from assets/*.csv, the weights' metadata and the outputs of S8.ipynb. `make record` runs
+this after a new record.
+"""
+
+import contextlib
+import csv
+import io
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import nbformat
+from safetensors import safe_open
+
+from checkpoint import write_file
+
+PAGES = ("README.md", "MODEL_CARD.md", "RECIPE.md", "docs/results.md", "docs/speed.md", "docs/howto.md")
+PAGES += ("docs/comparison.md",)
+PLACES: dict[str, Callable[[], str]] = {}  # of each name, the function that writes it
+
+
+def place(function: Callable[[], str]) -> Callable[[], str]:
+    PLACES[function.__name__] = function
+    return function
+
+
+def main() -> None:
+    for page in PAGES:
+        path = ROOT / page
+        write_file(path, render(path.read_text(encoding="utf-8")).encode())
+
+
+def render(text: str) -> str:
+    """The page with every marked place written again.
+
+    Raises:
+        KeyError: no function has the name of a place.
+    """
+    pattern = r"(?ms)^<!-- (\w+) -->\n(.*?)^<!-- end -->$"
+    return re.sub(pattern, lambda match: f"<!-- {match[1]} -->\n{PLACES[match[1]]()}\n<!-- end -->", text)
+
+
+# ---------------------------------------------------------------- recorded files
+
+
+def table(name: str) -> list[dict[str, str]]:
+    with open(ROOT / "assets" / name, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def history(run: dict[str, str], network: str = "Net") -> list[dict[str, str]]:
+    """The epochs of a run in assets/runs.csv, or of its teacher."""
+    name = run["history"] if network == "Net" else run["teacher_history"]
+    if not name:
+        return []
+    rows = table(name)
+    if "seed" in rows[0]:
+        rows = [row for row in rows if row["seed"] == run["seed"]]
+    return [row for row in rows if row.get("network", network) == network]
+
+
+def runs(recipe: str, epochs: int, machine: str = "") -> list[dict[str, str]]:
+    rows = table("runs.csv")
+    return [
+        row
+        for row in rows
+        if row["recipe"] == recipe and row["epochs"] == str(epochs) and machine in row["machine"]
+    ]
+
+
+def accuracy(run: dict[str, str], network: str = "Net") -> float:
+    return float(history(run, network)[-1]["test_accuracy"])
+
+
+def minutes(run: dict[str, str]) -> float:
+    """Training and testing, the teacher's included."""
+    epochs = history(run, "Teacher") + history(run)
+    return sum(float(row["seconds"]) for row in epochs) / 60
+
+
+def mean_and_spread(several: list[dict[str, str]]) -> str:
+    """The mean accuracy and its standard deviation over the seeds; of one run its accuracy."""
+    values = [accuracy(run) for run in several]
+    if len(values) == 1:
+        return f"{values[0]:.2f} %"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} %"
+
+
+def span(values: list[float], unit: str) -> str:
+    low, high = round(min(values)), round(max(values))
+    return f"{low} {unit}" if low == high else f"{low} to {high} {unit}"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def printed() -> str:
+    """All that the notebook's cells printed."""
+    notebook = nbformat.read(ROOT / "S8.ipynb", as_version=4)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "".join(output.text for output in outputs if output.output_type == "stream")
+
+
+def printed_lines(pattern: str) -> str:
+    """The lines that the notebook printed and that match, as a block of text."""
+    lines = [line for line in printed().splitlines() if re.match(pattern, line)]
+    return "```text\n" + "\n".join(lines) + "\n```"
+
+
+def metadata() -> dict[str, str]:
+    with safe_open(ROOT / "assets" / "net.safetensors", "pt") as file:
+        return file.metadata()
+
+
+# ---------------------------------------------------------------- README
+
+NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
+
+
+@place
+def headline() -> str:
+    record = runs("today's", 100)
+    several = mean_and_spread(record)
+    time = span([minutes(run) for run in record], "minutes")
+    return (
+        f"A network that you can read in one sitting gets **{several}** of CIFAR-10's test images right "
+        f"(mean of {NUMBERS[len(record)]} seeds). It trains in {time} on two CPU cores, and the weights of "
+        f"seed 0, with {accuracy(record[0]):.2f} %, are in this repository."
+    )
+
+
+@place
+def prediction() -> str:
+    """A command, and what it prints."""
+    import predict
+
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        predict.main([str(ROOT / "assets" / "pictures" / "cat.jpg")])
+    answer = text.getvalue().strip().replace(f"{ROOT}/", "")
+    return f"```console\n$ .venv/bin/python predict.py assets/pictures/cat.jpg\n{answer}\n```"
+
+
+@place
+def choices() -> str:
+    record, short = runs("today's", 100), runs("today's", 16, "Zen 4")
+    slow, gpu = runs("today's", 16, "Zen 3"), runs("before the teacher", 100)
+    half_hour = span([minutes(run) for run in short], "minutes")
+    rows = [
+        ["two hours and two cores with bfloat16", "`make notebook`", mean_and_spread(record)],
+        [
+            "half an hour",
+            "`make notebook EPOCHS=16`",
+            f"{mean_and_spread(short)} in {half_hour}",
+        ],
+        [
+            "two cores without bfloat16",
+            "`make notebook EPOCHS=16`",
+            f"{mean_and_spread(slow)} in {minutes(slow[0]):.0f} minutes",
+        ],
+        [
+            "a GPU",
+            "`make notebook TEACHER_EPOCHS=0`",
+            f"not recorded; an earlier recipe reached {mean_and_spread(gpu)} in a minute on an H100",
+        ],
+        ["no data set", "`make notebook DATA=sample EPOCHS=20`", "to be recorded"],
+    ]
+    return markdown(["if you have", "run", "and expect on test images"], rows)
+
+
+def sample_accuracy() -> str:
+    (run,) = runs("the sample", 20)
+    return f"{accuracy(run):.0f} % of its 500 test images, in {minutes(run):.0f} minutes"
+
+
+@place
+def results() -> str:
+    rows = []
+    for recipe, epochs, machine, name in (
+        ("today's", 100, "", "100 epochs, taught"),
+        ("today's", 16, "Zen 4", "16 epochs, taught"),
+        ("before the teacher", 100, "", "100 epochs, an earlier recipe without a teacher"),
+    ):
+        several = runs(recipe, epochs, machine)
+        times = span([minutes(run) for run in several], "min")
+        rows.append([name, str(len(several)), mean_and_spread(several), times, several[0]["machine"]])
+    return markdown(["recipe", "seeds", "test accuracy", "time", "machine"], rows)
+
+
+@place
+def statistics_of_cifar10() -> str:
+    text = re.search(r"\[Train\]\n(?: - .*\n)+\[Test\]\n(?: - .*\n)+", printed())[0]
+    return f"```text\n{text.rstrip()}\n```"
+
+
+# ---------------------------------------------------------------- speed
+
+
+RENAMED = {
+    "the seed: Albumentations per sample, 2 workers": "the original: Albumentations, 2 workers",
+    "the seed: fp32, NCHW, batch 1024, dropout 0.1, .item()": "the original: float32, batch 1024",
+    "the seed's epoch, testing included": "the original's epoch, testing included",
+    "torchvision v2 per sample, 2 workers": "torchvision v2, 2 workers",
+    "floor: gathered and converted, nothing else": "gathered and converted, nothing else",
+    "ceiling: the same operations as one matrix product": "the same operations as one matrix product",
+}
+
+
+def rates(name: str, part: str) -> dict[str, tuple[float, float, str]]:
+    """Of each row: value, ratio to the first row, and unit."""
+    rows = [row for row in table(name) if row["part"] == part]
+    return {row["row"]: (float(row["value"]), float(row["ratio"]), row["unit"]) for row in rows}
+
+
+def three_digits(value: float) -> str:
+    return f"{float(f'{value:.3g}'):,.12g}"
+
+
+@place
+def speed() -> str:
+    inputs, steps, epochs = (rates("bench_zen4.csv", part) for part in ("input", "step", "epoch"))
+    ours = next(values for name, values in steps.items() if name.startswith("ours: "))
+    plain = next(values for name, values in steps.items() if name.startswith("plain"))
+    batched = inputs["BatchTransform"]
+    epoch = epochs["our epoch, testing included"]
+    rows = [
+        [
+            "input: `BatchTransform`",
+            f"{three_digits(batched[0])} images/s",
+            f"{batched[1]:.1f} times as fast",
+        ],
+        [
+            "step: plain PyTorch, float32",
+            f"{three_digits(plain[0])} images/s",
+            f"{plain[1]:.1f} times as fast",
+        ],
+        ["step: ours, compiled", f"{three_digits(ours[0])} images/s", f"{ours[1]:.1f} times as fast"],
+        ["epoch, testing included", f"{three_digits(epoch[0])} images/s", f"{epoch[1]:.1f} times as fast"],
+    ]
+    return markdown(["part", "rate", "beside the original project"], rows)
+
+
+def bench_table(name: str) -> str:
+    rows = []
+    for row in table(name):
+        if row["part"] == "growth":  # drawn in assets/bench.png
+            continue
+        value = f"{three_digits(float(row['value']))} {row['unit']}"
+        label = RENAMED.get(row["row"], row["row"])
+        rows.append([row["part"], label, value, f"{float(row['ratio']):.2f}"])
+    return markdown(["part", "what", "median", "ratio"], rows)
+
+
+@place
+def speed_zen4() -> str:
+    return bench_table("bench_zen4.csv")
+
+
+@place
+def speed_amx() -> str:
+    return bench_table("bench.csv")
+
+
+@place
+def speed_avx512() -> str:
+    return bench_table("bench_avx512.csv")
+
+
+@place
+def speed_zen3() -> str:
+    return bench_table("bench_zen3.csv")
+
+
+@place
+def memory() -> str:
+    peak = next(float(row["value"]) for row in table("bench.csv") if row["row"].startswith("a run:"))
+    return f"A run of batches of 256 takes {peak:.1f} GB at its peak, with data, compiler and testing."
+
+
+# ---------------------------------------------------------------- results and model card
+
+
+@place
+def all_runs() -> str:
+    rows = []
+    for run in table("runs.csv"):
+        teacher = f"{accuracy(run, 'Teacher'):.2f} %" if run["teacher_history"] else "none"
+        rows.append(
+            [
+                f"{run['recipe']}, {run['epochs']} epochs",
+                run["seed"],
+                f"{accuracy(run):.2f} %",
+                teacher,
+                f"{minutes(run):.1f}",
+                run["machine"],
+                f"`{run['command']}`",
+                run["commit"],
+                f"[{run['history']}](../assets/{run['history']})",
+            ]
+        )
+    header = ["recipe", "seed", "test", "its teacher", "minutes", "machine", "command", "commit", "epochs"]
+    return markdown(header, rows)
+
+
+@place
+def time_to_accuracy() -> str:
+    run = runs("today's", 100)[0]
+    teacher, epochs, original = history(run, "Teacher"), history(run), table("seed_history.csv")
+    spent = sum(float(row["seconds"]) for row in teacher)
+    rows = []
+    levels = [(86.15, "the original project after its 100 epochs"), (90, ""), (91.25, "ResNet-20's paper")]
+    for row in epochs:
+        spent += float(row["seconds"])
+        last = row is epochs[-1]
+        while levels and float(row["test_accuracy"]) > levels[0][0] or last:
+            level, whose = levels.pop(0) if levels and not last else (float(row["test_accuracy"]), "the end")
+            by_then = [other for other in original if float(other["seconds"]) <= spent + 60 * last]
+            text = f"{level:g} %{', ' + whose if whose else ''}"
+            rows.append(
+                [text, row["epoch"], f"{spent / 60:.0f}", f"{float(by_then[-1]['test_accuracy']):.2f} %"]
+            )
+            if last:
+                break
+    header = ["over", "epoch", "minutes, with the teacher's", "the original recipe after as many minutes"]
+    return markdown(header, rows)
+
+
+@place
+def last_epochs() -> str:
+    text = printed()
+    count = len(history(runs("today's", 100)[0]))
+    start = text.rindex(f"Epoch {count - 2}\n")
+    lines = text[start:].splitlines()[:11]
+    return "```text\n" + "\n".join(lines) + "\n```"
+
+
+@place
+def record_accuracy() -> str:
+    record = runs("today's", 100)
+    others = " and ".join(f"{accuracy(run):.2f} %" for run in record[1:])
+    return (
+        f"{accuracy(record[0]):.2f} % of the 10,000 test images: weights of the last epoch, seed 0, in "
+        f"bfloat16, without test-time augmentation. Two other seeds reached {others}: "
+        f"{mean_and_spread(record)} over the three."
+    )
+
+
+@place
+def record_teacher() -> str:
+    score = accuracy(runs("today's", 100)[0], "Teacher")
+    return (
+        f"The teacher learnt the labels of the same images, and has {score:.2f} % of the test images right."
+    )
+
+
+@place
+def record_classes() -> str:
+    return printed_lines(r"Correct: |\w+ and \w+: \d+ of")
+
+
+@place
+def record_calibration() -> str:
+    return printed_lines("Expected calibration error")
+
+
+@place
+def record_damage() -> str:
+    return printed_lines(r"JPEG quality|blur, sigma|noise, std|shift \(px\)")
+
+
+# ---------------------------------------------------------------- recipe and how-to
+
+
+def held_out(change: str, epochs: int) -> list[float]:
+    rows = table("ablations.csv")
+    return [
+        float(row["accuracy"]) for row in rows if row["change"] == change and row["epochs"] == str(epochs)
+    ]
+
+
+def one_finding(label: str, change: str, epochs: int, baseline: str) -> list[str]:
+    """A row: the change's mean accuracy, and its difference to the baseline with a standard error."""
+    values, base = held_out(change, epochs), held_out(baseline, epochs)
+    # All runs are judged by the same 5,000 images, so more runs do not make this error smaller.
+    shares = [statistics.mean(part) / 100 for part in (values, base)]
+    error = 100 * sum(share * (1 - share) / 5000 for share in shares) ** 0.5
+    difference = statistics.mean(values) - statistics.mean(base)
+    runs_each = f"{len(values)} and {len(base)}"
+    return [
+        label,
+        str(epochs),
+        f"{statistics.mean(values):.2f} %",
+        f"{difference:+.2f} ± {error:.2f}",
+        runs_each,
+    ]
+
+
+@place
+def findings() -> str:
+    rows = [
+        one_finding(
+            "today's, beside the recipe before the teacher",
+            "teacher S, 20 views, no cutout, no label, plain statistics",
+            100,
+            "notebook",
+        ),
+        one_finding("labels in place of the teacher", "labels", 16, "taught"),
+        one_finding("SGD in place of Muon", "taught, SGD", 16, "taught"),
+        one_finding("AdamW in place of Muon", "taught, AdamW, rate 3e-3, decay 0.05", 16, "taught"),
+        one_finding("twice the learning rates", "taught, twice the peak rates", 16, "taught"),
+        one_finding("no moving average", "taught, no average", 16, "taught"),
+        one_finding("no flip", "taught, no flip", 16, "taught"),
+        one_finding("dropout of 0.03", "taught, dropout 0.03", 16, "taught"),
+    ]
+    return markdown(["change", "epochs", "held out", "difference (points)", "runs"], rows)
+
+
+@place
+def comparison() -> str:
+    """Networks of up to 0.3 million parameters; the others' figures are from assets/comparison.csv."""
+    ours = mean_and_spread(runs("today's", 100)) + ", mean of three seeds"
+    rows = [["**this one**", "0.19 M", ours, "last", "1.16 M parameters", "100", "this repository"]]
+    rows += [list(row.values()) for row in table("comparison.csv")]
+    header = ["network", "parameters", "test accuracy", "which epoch", "teacher", "epochs", "source"]
+    return markdown(header, rows)
+
+
+@place
+def soak() -> str:
+    rows = [
+        [row["part"], row["what"], f"{int(row['tried']):,}", f"{int(row['survived']):,}"]
+        for row in table("soak.csv")
+    ]
+    return markdown(["part", "what", "tried", "survived"], rows)
+
+
+if __name__ == "__main__":
+    main()
