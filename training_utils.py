@@ -163,9 +163,8 @@ def fit(
     except KeyboardInterrupt:
         model.load_state_dict(finished[1])
         accept_interrupt(len(finished[0]), epochs)
-    history, weights = finished
-    model.load_state_dict(weights)
-    return history
+    model.load_state_dict(finished[1])
+    return finished[0]
 
 
 def check_arguments(epochs: int, ema_decay: float, *loaders: Iterable | None) -> None:
