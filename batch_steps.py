@@ -89,6 +89,8 @@ class Geometric(Step):
 
 @batched(A.HorizontalFlip, A.VerticalFlip)
 class Flip(Geometric):
+    """Mirrors the image, left to right or top to bottom."""
+
     def maps(self, parameters, count, size):
         maps = identity(count)
         if isinstance(self.transform, A.HorizontalFlip):
@@ -238,6 +240,8 @@ class Holes(Step):
 
 @batched(A.RandomBrightnessContrast)
 class Brightness(Step):
+    """A factor and an offset for each image."""
+
     options = {"brightness_by_max": (True,), "ensure_safe_range": (False,)}
     width = 2
 

@@ -206,6 +206,7 @@ def load_checkpoint(path: str | Path) -> dict | None:
 
 
 def read_checkpoint(file: Path) -> dict:
+    """The state in one file. ValueError, or another error of the parsers, if it is damaged or another's."""
     with zipfile.ZipFile(file) as archive:  # torch.load does not check the checksums
         damaged = archive.testzip()
     if damaged:

@@ -44,6 +44,7 @@ def cifar10_images(train: bool) -> AlbumentationsCIFAR10:
 
 
 def albumentations_transform() -> A.Compose:
+    """The original augmentation, with today's names of its transforms."""
     return A.Compose(
         [
             A.HorizontalFlip(),
