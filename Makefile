@@ -15,6 +15,7 @@ notebook: .venv/installed
 
 record: .venv/installed
 	@.venv/bin/python run_notebook.py --record $(PARAMETERS)
+	@.venv/bin/python benchmarks/tables.py
 
 distributed: .venv/installed
 	@.venv/bin/python run_notebook.py --script $(filter-out N=%,$(PARAMETERS))

@@ -40,7 +40,7 @@ import original
 from batches import BatchLoader, BatchTransform
 from checkpoint import save_figure, write_csv
 from dataset import CLASSES, AlbumentationsCIFAR10, AlbumentationsImages, test_transform
-from hardware import compiled, keep_freed_memory, precision, split_for_cache
+from hardware import compiled, describe_processor, keep_freed_memory, precision, split_for_cache
 from model import Net
 from training_utils import fit, gradient_step, test, train
 from utils import predict
@@ -402,10 +402,7 @@ def main(names: list[str]) -> None:
     for name in names:
         if name not in parts:
             sys.exit(f"expected parts among {', '.join(parts)}, found {name}")
-    processor = f"CPU, {torch.get_num_threads()} threads"
-    if DEVICE.type == "cuda":
-        processor = torch.cuda.get_device_name()
-    print(f"{processor}; torch {torch.__version__}, {precision(DEVICE)}")
+    print(f"{describe_processor(DEVICE)}; torch {torch.__version__}")
     rows = []
     if TABLE.exists() and names:
         with open(TABLE) as file:
