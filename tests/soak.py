@@ -221,8 +221,8 @@ class FaultyServer(http.server.BaseHTTPRequestHandler):
     def send(self, content: bytes, size: int, pause: float) -> None:
         for place in range(0, len(content), size):
             part = content[place : place + size]
+            self.sent[self.path.strip("/")] += len(part)  # before the client can be done with it
             self.wfile.write(part)
-            self.sent[self.path.strip("/")] += len(part)
             time.sleep(pause)
 
     def log_message(self, *args) -> None:
