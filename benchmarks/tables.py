@@ -139,8 +139,8 @@ def headline() -> str:
     time = span([minutes(run) for run in record], "minutes")
     return (
         f"A network that you can read in one sitting gets **{several}** of CIFAR-10's test images right "
-        f"(mean of {NUMBERS[len(record)]} seeds). It trains in {time} on two CPU cores, and the weights of "
-        f"seed 0, with {accuracy(record[0]):.2f} %, are in this repository."
+        f"(mean of {NUMBERS[len(record)]} seeds). It trains in {time} on two server cores, and the weights "
+        f"of seed 0, with {accuracy(record[0]):.2f} %, are in this repository."
     )
 
 
@@ -160,17 +160,13 @@ def prediction() -> str:
 def choices() -> str:
     """What to run on which machine, and what to expect."""
     record, gpu = runs("today's", 100), mean_and_spread(runs("before the teacher", 100))
-    untaught = in_minutes(runs("today's, no teacher", 16))
+    untaught, slow = in_minutes(runs("today's, no teacher", 16)), in_minutes(runs("today's", 16, "Zen 3"))
     rows = [
-        ["two hours and two cores with bfloat16", "`make notebook`", mean_and_spread(record)],
-        ["half an hour", "`make notebook EPOCHS=16`", in_minutes(runs("today's", 16, "Zen 4"))],
-        ["ten minutes", "`make notebook EPOCHS=16 TEACHER_EPOCHS=0`", untaught],
-        ["a laptop, or no bfloat16", "`make notebook EPOCHS=16`", in_minutes(runs("today's", 16, "Zen 3"))],
-        [
-            "a GPU",
-            "`make notebook`",
-            f"not recorded; before it had a teacher, {gpu} in a minute on an H100",
-        ],
+        ["two cores with bfloat16, and two hours", "`make notebook`", mean_and_spread(record)],
+        ["… and half an hour", "`make notebook EPOCHS=16`", in_minutes(runs("today's", 16, "Zen 4"))],
+        ["… and ten minutes", "`make notebook EPOCHS=16 TEACHER_EPOCHS=0`", untaught],
+        ["two cores without bfloat16, as in most laptops", "`make notebook EPOCHS=16`", slow],
+        ["a GPU", "`make notebook`", f"not recorded; without a teacher {gpu} in a minute (H100)"],
         ["no data set", "`make notebook DATA=sample EPOCHS=20`", sample_accuracy()],
     ]
     return markdown(["if you have", "run", "and expect on test images"], rows)
@@ -182,7 +178,7 @@ def in_minutes(several: list[dict[str, str]]) -> str:
 
 def sample_accuracy() -> str:
     (run,) = runs("the sample", 20)
-    return f"{accuracy(run):.1f} % of 500 images, after learning from 2,000"
+    return f"{accuracy(run):.1f} %, having learnt from 2,000 images"
 
 
 @place
@@ -196,9 +192,13 @@ def results() -> str:
         ("before the teacher", 100, "", "100 epochs, an earlier recipe without a teacher"),
     ):
         several = runs(recipe, epochs, machine)
-        times = span([minutes(run) for run in several], "min")
-        machines = "<br>".join(dict.fromkeys(run["machine"] for run in several))
-        rows.append([name, str(len(several)), mean_and_spread(several), times, machines])
+        spans = {}  # of each machine
+        for run in several:
+            spans.setdefault(run["machine"], []).append(minutes(run))
+        times = "<br>".join(span(values, "min") for values in spans.values())
+        machines = "<br>".join(re.search(r"(Intel|AMD|NVIDIA)[^,]*", machine)[0] for machine in spans)
+        together = [text.replace(" ", "\u00a0") for text in (times, machines)]
+        rows.append([name, str(len(several)), mean_and_spread(several), *together])
     return markdown(["recipe", "seeds", "test accuracy", "time", "machine"], rows)
 
 
