@@ -278,10 +278,10 @@ def all_runs() -> str:
                 f"{accuracy(run):.2f} %",
                 teacher,
                 f"{minutes(run):.1f}",
-                run["machine"],
+                run["machine"].removeprefix("two cores of an "),
                 f"`{run['command']}`",
                 commit,
-                f"[{run['history']}](../assets/{run['history']})",
+                f"[file](../assets/{run['history']})",
             ]
         )
     header = ["recipe", "seed", "test", "its teacher", "minutes", "machine", "command", "commit", "epochs"]
