@@ -25,13 +25,16 @@ class Muon(torch.optim.Optimizer):
     """Muon for convolutions; SGD with Nesterov momentum for parameter groups with `orthogonal=False`.
 
     Args:
-        params: parameters or groups. Those of an orthogonal group need two dimensions or more.
-        lr: the length of a step; in orthogonal groups as a share of the weights' norm.
+        params: parameters or groups. Those of an orthogonal group are real and have two dimensions
+            or more.
+        lr: the length of a step; in orthogonal groups as a share of the weights' norm. A number, or
+            a tensor with one.
         momentum: in [0, 1).
         weight_decay: the usual L2 term. Leave it at 0 in orthogonal groups, whose norm is fixed.
 
     Raises:
-        ValueError: an orthogonal group holds a vector or a number.
+        ValueError: an orthogonal group holds a vector, a number or complex parameters, or an
+            option is out of range.
     """
 
     def __init__(
@@ -47,16 +50,17 @@ class Muon(torch.optim.Optimizer):
 
     def add_param_group(self, group: dict) -> None:
         super().add_param_group(group)
-        added = self.param_groups[-1]
-        if added["orthogonal"] and any(p.ndim < 2 for p in added["params"]):
-            self.param_groups.pop()
-            raise ValueError(
-                "expected 2 dimensions or more, found a vector: put it into a group with orthogonal=False"
-            )
+        added = self.param_groups.pop()
+        check_group(added)
+        self.param_groups.append(added)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
-        """One step for every parameter with a gradient. Returns the loss of the closure, if one is given."""
+        """One step for every parameter with a gradient. Returns the loss of the closure, if one is given.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -69,6 +73,10 @@ class Muon(torch.optim.Optimizer):
 
     def step_group(self, params: list[torch.Tensor], group: dict) -> None:
         for p in params:
+            if p.grad.layout != torch.strided:
+                raise RuntimeError(
+                    "expected dense gradients, found a sparse one: give the embedding sparse=False"
+                )
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum"] for p in params]
@@ -81,15 +89,34 @@ class Muon(torch.optim.Optimizer):
         if group["orthogonal"]:
             updates = orthogonalize(updates)
             fix_norms(params)
-        torch._foreach_mul_(updates, group["lr"])
+        lr = group["lr"]
+        torch._foreach_mul_(updates, lr.squeeze() if isinstance(lr, torch.Tensor) else lr)
         torch._foreach_sub_(params, updates)
+
+
+def check_group(group: dict) -> None:
+    """Raise ValueError unless `Muon` can train this group."""
+    lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
+    if not (lr >= 0 and 0 <= momentum < 1 and weight_decay >= 0):
+        raise ValueError(
+            "expected lr >= 0, 0 <= momentum < 1 and weight_decay >= 0, "
+            f"found {lr}, {momentum} and {weight_decay}: correct them"
+        )
+    for p in group["params"]:
+        if group["orthogonal"] and (p.ndim < 2 or p.is_complex()):
+            found = "complex numbers" if p.is_complex() else "a vector"
+            raise ValueError(
+                f"expected real numbers in 2 dimensions or more, found {found}: "
+                "put it into a group with orthogonal=False"
+            )
 
 
 def orthogonalize(updates: list[torch.Tensor]) -> list[torch.Tensor]:
     """Each update with its singular values brought near 1, as a matrix (filters, everything else)."""
     result = list(updates)
-    for shape in dict.fromkeys(update.shape for update in updates):
-        places = [i for i, update in enumerate(updates) if update.shape == shape]
+    kinds = [(update.shape, update.device) for update in updates]
+    for shape, device in dict.fromkeys(kinds):
+        places = [i for i, kind in enumerate(kinds) if kind == (shape, device)]
         x = torch.stack([updates[i].flatten(1) for i in places])  # (banks of this shape, filters, rest)
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # Newton-Schulz needs singular values up to 1
         for _ in range(NEWTON_SCHULZ_STEPS):
@@ -103,7 +130,7 @@ def orthogonalize(updates: list[torch.Tensor]) -> list[torch.Tensor]:
 def fix_norms(params: list[torch.Tensor]) -> None:
     """Scale each filter bank to the norm sqrt(filters). A bank of zeros stays as it is."""
     norms = torch._foreach_norm(params)
-    torch._foreach_clamp_min_(norms, 1e-12)
+    torch._foreach_clamp_min_(norms, 1e-7)  # not less: it would be 0 in float16
     torch._foreach_div_(params, norms)
     torch._foreach_mul_(params, [len(p) ** 0.5 for p in params])
 
@@ -157,11 +184,12 @@ def plan(
         weight_decay: on depthwise filters and the classifier only.
     """
     banks, filters, norms = parameter_groups(network)
-    sgd = {"lr": sgd_learning_rate, "momentum": 0.9, "orthogonal": False}
+    # As numbers: the schedule would write into tensors, and the next plan with them would start at 0.
+    sgd = {"lr": float(sgd_learning_rate), "momentum": 0.9, "orthogonal": False}
     groups = [
         {"params": banks},
         {"params": filters, "weight_decay": weight_decay, **sgd},
         {"params": norms, **sgd},
     ]
-    optimizer = Muon(groups, lr=learning_rate)
+    optimizer = Muon(groups, lr=float(learning_rate))
     return optimizer, LambdaLR(optimizer, lambda step: one_cycle(step / steps))

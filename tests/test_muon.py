@@ -1,6 +1,7 @@
 """Muon against its definition and against torch's SGD, and the plan of a run with it."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -88,12 +89,76 @@ def test_step_returns_the_loss_of_its_closure():
 
 def test_a_vector_among_filter_banks_is_refused():
     bank, vector = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(7))
-    message = "expected 2 dimensions or more, found a vector: put it into a group with orthogonal=False"
+    message = "expected real numbers in 2 dimensions or more, found a vector: put it into a group with"
     muon = Muon([bank], lr=0.1)
     with pytest.raises(ValueError, match=message):
         muon.add_param_group({"params": [vector]})
     assert len(muon.param_groups) == 1
     muon.add_param_group({"params": [vector], "orthogonal": False})
+    with pytest.raises(ValueError, match="expected real numbers .* found complex numbers"):
+        Muon([nn.Parameter(torch.randn(4, 4, dtype=torch.complex64))], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"lr": -1}, {"lr": float("nan")}, {"lr": 1, "momentum": 1}, {"lr": 1, "weight_decay": -1}]
+)
+def test_options_out_of_range_are_refused_in_every_group(options):
+    message = "expected lr >= 0, 0 <= momentum < 1 and weight_decay >= 0, found "
+    bank, other = (nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+    with pytest.raises(ValueError, match=message):
+        Muon([bank], **options)
+    with pytest.raises(ValueError, match=message):
+        Muon([{"params": [bank]}, {"params": [other], **options}], lr=0.1)
+
+
+def test_sparse_gradients_are_refused():
+    table = nn.Embedding(9, 4, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="expected dense gradients, found a sparse one: give the"):
+        Muon(table.parameters(), lr=0.1).step()
+
+
+def bank_with_gradient(gradient, *, weight=0.5, dtype=torch.float32):
+    bank = nn.Parameter(torch.full(gradient.shape, weight, dtype=dtype))
+    bank.grad = gradient.to(dtype)
+    return bank
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (1, 1), (6, 4, 3, 3, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_weights_of_zeros_and_gradients_of_any_size_stay_finite(dtype, shape):
+    torch.manual_seed(0)
+    for weight in (0, 0.5):
+        for size in (0, 1e-30, 1e-7, 1, 100):
+            bank = bank_with_gradient(size * torch.randn(shape), weight=weight, dtype=dtype)
+            Muon([bank], lr=0.1).step()
+            assert bank.isfinite().all() and bank.dtype == dtype
+    assert bank.norm().item() == pytest.approx(shape[0] ** 0.5, rel=0.2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_gradient_spoils_no_other_parameter(value):
+    torch.manual_seed(0)
+    good, bad = bank_with_gradient(torch.randn(8, 8)), bank_with_gradient(torch.randn(8, 8))
+    bad.grad[0, 0] = value
+    Muon([good, bad], lr=0.1).step()
+    assert good.isfinite().all() and not bad.isfinite().all()
+
+
+@pytest.mark.parametrize("orthogonal", [True, False])
+def test_a_learning_rate_in_a_tensor_is_that_number(orthogonal):
+    torch.manual_seed(0)
+    gradient, results = torch.randn(4, 4), []
+    for lr in (0.5, torch.tensor(0.5), torch.tensor([0.5]), torch.tensor(0.5, dtype=torch.float64)):
+        bank = bank_with_gradient(gradient)
+        Muon([bank], lr=lr, orthogonal=orthogonal).step()
+        results.append(bank.detach())
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_banks_of_one_shape_may_be_on_several_devices():
+    updates = orthogonalize([torch.randn(4, 4), torch.empty(4, 4, device="meta")])
+    assert [update.device.type for update in updates] == ["cpu", "meta"]
 
 
 def test_a_state_that_was_saved_continues_alike():
@@ -112,12 +177,38 @@ def test_a_state_that_was_saved_continues_alike():
     copies = [nn.Parameter(p.detach().clone()) for p in original]
     resumed = muon_for(copies)
     resumed.load_state_dict(copy.deepcopy(muon.state_dict()))
-    for p, copied in zip(original, copies):
+    for p in original:
         p.grad = torch.randn_like(p)
-        copied.grad = p.grad.clone()
+    duplicates = [copy.deepcopy(muon), pickle.loads(pickle.dumps(muon))]  # with parameters of their own
     muon.step()
-    resumed.step()
-    assert all(torch.equal(p, copied) for p, copied in zip(original, copies))
+    for optimizer in (resumed, *duplicates):
+        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        for p, other in zip(original, stepped):
+            other.grad = p.grad.clone()
+        optimizer.step()
+        assert all(torch.equal(p, other) for p, other in zip(original, stepped))
+    resumed.zero_grad()
+    assert all(p.grad is None for p in copies)
+
+
+def test_a_state_has_the_precision_of_its_parameters_after_loading():
+    bank = bank_with_gradient(torch.randn(4, 4), dtype=torch.bfloat16)
+    muon = Muon([bank], lr=0.1)
+    muon.step()
+    other = Muon([bank], lr=0.3)
+    other.load_state_dict(muon.state_dict())
+    assert other.state[bank]["momentum"].dtype == torch.bfloat16
+    assert torch.equal(other.state[bank]["momentum"], muon.state[bank]["momentum"])
+    assert other.param_groups[0]["lr"] == 0.1
+
+
+def test_hooks_run_before_and_after_a_step():
+    muon, calls = Muon([bank_with_gradient(torch.randn(4, 4))], lr=0.1), []
+    muon.register_step_pre_hook(lambda *arguments: calls.append("before"))
+    muon.register_step_post_hook(lambda *arguments: calls.append("after"))
+    muon.step()
+    assert muon.step(closure=lambda: calls.append("closure") or 2) == 2
+    assert calls == ["before", "after", "before", "closure", "after"]
 
 
 def test_the_order_in_memory_and_its_change_do_not_matter():
@@ -184,6 +275,16 @@ def test_plan_gives_each_group_its_options_and_one_schedule():
     assert rates[0] == pytest.approx([0.04 * 0.015, 0.04 * 0.2, 0.04 * 0.2])
     assert rates[2] == pytest.approx([0.015, 0.2, 0.2])
     assert rates[10] == pytest.approx([0, 0, 0])
+
+
+def test_plans_leave_learning_rates_in_tensors_as_they_are():
+    rates = {"learning_rate": torch.tensor(0.015), "sgd_learning_rate": torch.tensor([0.2])}
+    for _ in range(2):  # a teacher's plan, and then a student's
+        optimizer, scheduler = plan(Net(), 10, **rates)
+        optimizer.step()
+        scheduler.step()
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.0078, 0.104, 0.104])
+    assert rates["learning_rate"] == torch.tensor(0.015)
 
 
 def test_plan_takes_other_options():
