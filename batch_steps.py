@@ -84,7 +84,8 @@ class Geometric(Step):
         raise NotImplementedError
 
     def find_border(self) -> tuple[int, list[float]]:
-        return self.transform.border_mode, np.rint(np.broadcast_to(self.transform.fill, 3)).tolist()
+        fill = np.broadcast_to(self.transform.fill, 3)
+        return self.transform.border_mode, np.rint(fill).clip(0, 255).tolist()  # as OpenCV makes it uint8
 
 
 @batched(A.HorizontalFlip, A.VerticalFlip)
@@ -206,6 +207,13 @@ class Holes(Step):
 
     def __init__(self, transform):
         super().__init__(transform)
+        fill = np.asarray(transform.fill)
+        if not np.all((fill > -1) & (fill < 256)):
+            raise ValueError(
+                f"expected CoarseDropout with fill from 0 to 255, found {transform.fill}: "
+                "give numbers that uint8 holds"
+            )
+        self.fill = fill.astype(np.uint8)
         self.holes = transform.num_holes_range[1]
         self.width = 4 * self.holes
 
@@ -234,7 +242,7 @@ class Holes(Step):
         in_rows = (ys >= y_min) & (ys < y_max)
         in_columns = (xs >= x_min) & (xs < x_max)
         hole = (in_rows[..., None] & in_columns[:, :, None]).any(1, keepdim=True)
-        fill = per_channel(np.asarray(self.transform.fill).astype(np.uint8), x)
+        fill = per_channel(self.fill, x)
         return x.sub_(fill).mul_(~hole).add_(fill)
 
 

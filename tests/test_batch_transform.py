@@ -77,6 +77,8 @@ CASES = {
     "crop of more than there is": (EXACT, [A.RandomCrop(41, 16, True, fill=COLOUR)]),
     "crop of more, reflected": (EXACT, [A.RandomCrop(30, 31, True, border_mode=REFLECT)]),
     "crop, then pad": (EXACT, [A.RandomCrop(24, 20), A.PadIfNeeded(32, 32, fill=9)]),
+    "pad, fill beyond the range": (EXACT, [A.PadIfNeeded(40, 33, fill=(300, -20, 127.5))]),
+    "affine, fill beyond the range": (ROUNDED, [A.Affine(rotate=(25, 25), fill=(300, -20, 12.6), p=1)]),
     "dropout": (EXACT, [A.CoarseDropout((1, 4), (3, 9), (0, 40), fill=7)]),
     "dropout in shares": (
         EXACT,
@@ -329,6 +331,12 @@ def test_other_transforms_are_refused_by_name(steps):
     for name, compose in refused.items():
         with pytest.raises(NotImplementedError, match=rf"(?s)^{name}\(.*AlbumentationsCIFAR10"):
             BatchTransform(compose)
+
+
+@pytest.mark.parametrize("fill", [256, -1.0, (0, 300, 7.9)])
+def test_holes_of_a_colour_that_albumentations_cannot_make_are_refused(fill):
+    with pytest.raises(ValueError, match="expected CoarseDropout with fill from 0 to 255, found "):
+        BatchTransform(A.Compose([A.CoarseDropout(fill=fill)]))
 
 
 def test_wrong_images_are_refused(images):
