@@ -40,6 +40,14 @@ def batched(*transforms: type) -> Callable[[type], type]:
     return register
 
 
+def unbatched(expected: str, found: object) -> NotImplementedError:
+    """The error for a transform that has no batched form, with an option or a place that it has."""
+    return NotImplementedError(
+        f"expected {expected}, found {found}: "
+        "run it image by image, the data set (AlbumentationsImages) behind a DataLoader"
+    )
+
+
 class Step:
     """One Albumentations transform, for a whole batch."""
 
@@ -49,13 +57,16 @@ class Step:
 
     def __init__(self, transform: A.BasicTransform):
         self.transform = transform
-        for name, allowed in self.options.items():
-            if getattr(transform, name, allowed[0]) not in allowed:
-                raise NotImplementedError
+        name = type(transform).__name__
+        for option, allowed in self.options.items():
+            value = getattr(transform, option, allowed[0])
+            if value not in allowed:
+                raise unbatched(f"{name} with {option} {' or '.join(map(repr, allowed))}", repr(value))
         if self.always and transform.p < 1:
-            raise NotImplementedError
-        if isinstance(getattr(transform, "fill", 0), str):
-            raise NotImplementedError
+            raise unbatched(f"{name} with p 1", transform.p)
+        fill = getattr(transform, "fill", 0)
+        if isinstance(fill, str) or np.shape(fill) not in ((), (3,)):
+            raise unbatched(f"{name} with fill of one or three numbers", repr(fill))
 
     def draw(self, rng: np.random.Generator, count: int, size: Size) -> Parameters:
         return {}

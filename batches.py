@@ -16,39 +16,46 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from batch_steps import KINDS, Geometric, Normalize, Parameters, Sampling, Size, Step, ToTensor
+from batch_steps import KINDS, Geometric, Normalize, Parameters, Sampling, Size, Step, ToTensor, unbatched
 
 
 class BatchTransform:
     """An Albumentations `Compose` on whole batches.
 
     Uses the distributions that Albumentations draws from. Results are not rounded to whole pixel
-    values between transforms.
+    values between transforms. A `Compose` or a `Sequential` with p=1 may be inside another.
 
     Raises:
-        NotImplementedError: a transform has no batched form here; it is named.
-            `AlbumentationsCIFAR10` behind a `DataLoader` runs any transform.
+        NotImplementedError: a transform has no batched form; it is named, with the option or the
+            place that is the reason. `AlbumentationsImages` behind a `DataLoader` runs any
+            transform.
+        ValueError: a CoarseDropout fills with numbers beyond 0 to 255.
     """
 
     def __init__(self, compose: A.Compose, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
         self.stages: list[Step | Sampling] = []
-        whole = isinstance(compose, A.Compose) and compose.p == 1
-        for transform in compose.transforms if whole else [compose]:
-            self.append(transform)
+        self.image_size: Size | None = None  # to which the Compose scales, image by image
+        self.append(compose)
 
-    def append(self, transform: A.BasicTransform) -> None:
+    def append(self, transform: A.BasicTransform | A.BaseCompose) -> None:
+        kind, name = type(transform), type(transform).__name__
         last = self.stages[-1] if self.stages else None
-        try:
-            step = KINDS[type(transform)](transform)
-            # After normalization the pixel values mean something else.
-            if isinstance(last, (Normalize, ToTensor)) and not isinstance(step, ToTensor):
-                raise NotImplementedError
-        except (KeyError, NotImplementedError):
-            raise NotImplementedError(
-                f"{transform!r} has no batched form, with these options or in this place: "
-                "run it image by image, AlbumentationsCIFAR10 behind a DataLoader"
-            ) from None
+        if isinstance(transform, (A.Compose, A.Sequential)):
+            if transform.p < 1:
+                raise unbatched(f"{name} with p 1", transform.p)
+            self.image_size = getattr(transform, "image_size", self.image_size)
+            for part in transform.transforms:
+                self.append(part)
+            return
+        if kind is A.NoOp:
+            return
+        if kind not in KINDS:
+            raise unbatched("a transform with a batched form", name)
+        step = KINDS[kind](transform)
+        # After normalization the pixel values mean something else.
+        if isinstance(last, (Normalize, ToTensor)) and not isinstance(step, ToTensor):
+            raise unbatched(f"only ToTensorV2 after {type(last.transform).__name__}", name)
         if not isinstance(step, Geometric):
             self.stages.append(step)
         elif isinstance(last, Sampling) and last.accepts(step):
@@ -161,8 +168,9 @@ class BatchLoader:
                 f"expected AlbumentationsImages with a transform, found {type(images).__name__} without: "
                 "give them test_transform(), or another Compose; a Subset goes through a DataLoader"
             )
+        self.transform = BatchTransform(images.transform, device)
         size = images.data.shape[1:3]
-        expected = getattr(images.transform, "image_size", size)  # image by image, it would scale others
+        expected = self.transform.image_size or size
         if size != expected:
             raise ValueError(
                 f"expected images of {expected}, found {size}: "

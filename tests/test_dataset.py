@@ -130,6 +130,9 @@ def test_batch_loader_refuses_what_it_cannot_batch():
     large = AlbumentationsImages(pixels, [0] * 4, CLASSES, train_transform())
     with pytest.raises(ValueError, match=r"expected images of \(32, 32\), found \(64, 64\)"):
         BatchLoader(large, 2, shuffle=True)  # a DataLoader's would be scaled
+    large.transform = A.Compose([A.HorizontalFlip(), train_transform()])  # also inside another Compose
+    with pytest.raises(ValueError, match=r"expected images of \(32, 32\), found \(64, 64\)"):
+        BatchLoader(large, 2, shuffle=True)
     large.transform = A.Compose(list(dataset.test_transform()))
     assert next(iter(BatchLoader(large, 2, shuffle=True)))[0].shape == (2, 3, 64, 64)
 
