@@ -143,8 +143,9 @@ class BatchLoader:
         device: where the images stay, and where the batches are.
 
     Raises:
-        ValueError: a batch size below 1, or one that the processes cannot share equally; no
-            transform; images of another size than the transform's.
+        ValueError: a batch size below 1, or one that the processes cannot share equally; a rank
+            that no process has; no transform; images of another size than the transform's; targets
+            that are not a class number for each image.
         NotImplementedError: the transform is none for `BatchTransform`.
     """
 
@@ -163,6 +164,10 @@ class BatchLoader:
                 f"expected batch_size >= 1, {share}, found {batch_size}: "
                 "give the images a step, of all processes together"
             )
+        if not 0 <= rank < processes:
+            raise ValueError(
+                f"expected a rank below the number of processes, {processes}, found {rank}: swap them?"
+            )
         if getattr(images, "transform", None) is None:
             raise ValueError(
                 f"expected AlbumentationsImages with a transform, found {type(images).__name__} without: "
@@ -176,9 +181,14 @@ class BatchLoader:
                 f"expected images of {expected}, found {size}: "
                 "scale them with read_image, or keep them so with A.Compose(list(transform))"
             )
+        count, targets = len(images.data), torch.as_tensor(images.targets)
+        if targets.shape != (count,) or (count and targets.is_floating_point()):
+            raise ValueError(
+                f"expected {count} targets, the class number of each image, "
+                f"found {targets.dtype} {tuple(targets.shape)}: correct images.targets"
+            )
         self.images = torch.from_numpy(images.data).to(device)
-        self.targets = torch.tensor(images.targets, device=device)
-        self.transform = BatchTransform(images.transform, device)
+        self.targets = targets.to(device, torch.int64)
         self.seed = images.seed
         self.shuffle = shuffle
         self.batch_size = -(-batch_size // processes)

@@ -137,6 +137,34 @@ def test_batch_loader_refuses_what_it_cannot_batch():
     assert next(iter(BatchLoader(large, 2, shuffle=True)))[0].shape == (2, 3, 64, 64)
 
 
+@pytest.mark.parametrize(
+    "targets, found",
+    [
+        ([0] * 501, "torch.int64 (501,)"),
+        ([0] * 499, "torch.int64 (499,)"),
+        ([[0.1] * 10] * 500, "torch.float32 (500, 10)"),
+        (np.zeros((500, 1), np.int64), "torch.int64 (500, 1)"),
+        ([0.5] * 500, "torch.float32 (500,)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_batch_loader_refuses_targets_that_are_not_a_class_for_each_image(targets, found):
+    images = AlbumentationsCIFAR10(ASSETS, train=False, transform=dataset.test_transform())
+    images.targets = targets
+    with pytest.raises(ValueError) as error:
+        BatchLoader(images, 100, shuffle=True)
+    message = "expected 500 targets, the class number of each image, found "
+    assert str(error.value).startswith(message + found)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.uint8, torch.tensor])
+def test_batch_loader_makes_targets_of_every_integer_kind_int64(kind):
+    images = AlbumentationsCIFAR10(ASSETS, train=False, transform=dataset.test_transform())
+    expected, images.targets = images.targets, kind(images.targets)
+    _, targets = next(iter(BatchLoader(images, 500, shuffle=False)))
+    assert targets.dtype == torch.int64 and targets.tolist() == expected
+
+
 def channel_means(pictures):
     return pictures.mean((2, 3))
 

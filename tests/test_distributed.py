@@ -193,12 +193,24 @@ def test_shares_are_one_process_s_batches_without_overlap(shuffle, processes, si
     assert [len(list(loader)) for loader in loaders] == [len(loader) for loader in loaders]
 
 
+@pytest.mark.parametrize("processes, size, count", [(3, 100, 200), (2, 1, 5), (4, 1000, 7)])
+def test_shares_for_a_test_hold_every_image_once_whatever_the_batch_size(processes, size, count):
+    pixels = AlbumentationsCIFAR10(ASSETS, True).data[:count]
+    images = AlbumentationsImages(pixels, range(count), range(count), train_transform())
+    loaders = [BatchLoader(images, size, False, "cpu", rank, processes) for rank in range(processes)]
+    visited = [torch.cat([targets for _, targets in loader]).tolist() for loader in loaders]
+    assert sorted(sum(visited, [])) == list(range(count))
+    assert max(map(len, visited)) - min(map(len, visited)) <= 1
+
+
 def test_a_batch_that_cannot_be_shared_is_refused():
     images = AlbumentationsCIFAR10(ASSETS, True, train_transform())
     message = "expected batch_size >= 1, a multiple of the 3 processes, found "
     for size in (64, 0):
         with pytest.raises(ValueError, match=f"{message}{size}:"):
             BatchLoader(images, size, True, processes=3)
+    with pytest.raises(ValueError, match="expected a rank below the number of processes, 1, found 2:"):
+        BatchLoader(images, 64, True, rank=2, processes=1)
 
 
 # ---------------------------------------------------------------- processes.py without processes
