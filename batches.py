@@ -233,11 +233,15 @@ class TaughtLoader:
 
     The teacher must see the very pictures that are learnt from. To spare it time, the
     augmentations of the first `views` epochs come again and again, in new orders, and its answers
-    to them are kept. Each process asks for itself.
+    to them are kept. Each process asks for itself. If the answers to all views take more than a
+    gigabyte, a line says so before they do.
 
     Args:
         teacher: a function of images (B, 3, H, W) that returns a tensor (B, ...), such as probabilities.
         views: how many augmentations of each image there are.
+
+    Raises:
+        ValueError: in an epoch, the teacher's answers are not one for each image, or not finite.
     """
 
     def __init__(self, loader: BatchLoader, teacher: Callable[[torch.Tensor], torch.Tensor], views: int):
@@ -253,6 +257,7 @@ class TaughtLoader:
         self.loader.set_epoch(epoch, self.view)
         self.ask()
 
+    @torch.no_grad()
     def ask(self) -> None:
         if self.view in self.answers:
             return
@@ -261,7 +266,29 @@ class TaughtLoader:
         bar = tqdm(
             batches, "Teacher", -(-count // 1024), file=sys.stdout, leave=False, delay=2, mininterval=0.5
         )
-        self.answers[self.view] = torch.cat([self.teacher(images) for images, _ in bar])
+        parts = []
+        for images, _ in bar:
+            parts.append(self.teacher(images))
+            if len(parts[-1]) != len(images):
+                raise ValueError(
+                    f"expected {len(images)} answers of the teacher, one for each image, "
+                    f"found {tuple(parts[-1].shape)}: return a tensor (B, ...)"
+                )
+            if len(parts) == 1 and not self.answers:
+                self.announce_memory(parts[0])
+        answers = torch.cat(parts)
+        if not answers.isfinite().all():
+            raise ValueError(
+                "expected finite answers of the teacher, found NaN or infinity: look at its weights"
+            )
+        self.answers[self.view] = answers
+
+    def announce_memory(self, first: torch.Tensor) -> None:
+        """Print what all answers will take if it is much. `first` are those to the first images."""
+        size = first[0].nbytes * len(self.loader.images) * self.views / 1e9
+        if size > 1:
+            text = f"The teacher's answers to {self.views} views will take {size:.1f} GB"
+            print(f"{text} on {first.device}: fewer views take less")
 
     def __len__(self) -> int:
         return len(self.loader)

@@ -225,6 +225,46 @@ def test_a_teacher_is_asked_when_an_epoch_is_set_and_again_if_that_was_interrupt
     assert sum(questions[1:]) == 1000, "before the first batch"
 
 
+@pytest.mark.parametrize(
+    "teacher, message",
+    [
+        (lambda pictures: channel_means(pictures).repeat(2, 1), "expected 500 answers .* found (1000, 3)"),
+        (lambda pictures: channel_means(pictures)[:1], "expected 500 answers .* found (1, 3)"),
+        (lambda pictures: channel_means(pictures) / 0, "expected finite answers of the teacher, found NaN"),
+    ],
+)
+def test_answers_that_cannot_be_learnt_are_refused(teacher, message):
+    images = AlbumentationsCIFAR10(ASSETS, train=False, transform=train_transform())
+    loader = TaughtLoader(BatchLoader(images, 150, shuffle=True), teacher, views=2)
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        loader.set_epoch(1)
+    assert not loader.answers
+
+
+def test_answers_keep_no_gradients():
+    images = AlbumentationsCIFAR10(ASSETS, train=False, transform=train_transform())
+    weight = torch.ones((), requires_grad=True)
+    loader = BatchLoader(images, 150, shuffle=True)
+    _, _, answers = next(iter(TaughtLoader(loader, lambda x: weight * channel_means(x), views=2)))
+    assert not answers.requires_grad
+
+
+def test_much_memory_for_answers_is_said_before_it_is_taken(capsys):
+    images = AlbumentationsCIFAR10(ASSETS, transform=train_transform())
+    printed = []
+
+    def teacher(pictures):
+        printed.append(capsys.readouterr().out)
+        return torch.zeros(1).expand(len(pictures), 1000)
+
+    for views in (500, 2):
+        loader = TaughtLoader(BatchLoader(images, 150, shuffle=True), teacher, views)
+        for epoch in (1, 2):
+            loader.set_epoch(epoch)
+    text = "The teacher's answers to 500 views will take 4.0 GB on cpu: fewer views take less\n"
+    assert printed == ["", text, *[""] * 6], "of 2 views nothing is said"
+
+
 def test_a_loop_that_sets_no_epoch_learns_the_first_one():
     images = AlbumentationsCIFAR10(ASSETS, train=False, transform=train_transform())
     loader = TaughtLoader(BatchLoader(images, 150, shuffle=True), channel_means, views=2)
