@@ -4,12 +4,15 @@ A checkpoint is written beside the old one and renamed into place, so `path` nev
 file. The checkpoint before it is kept as NAME.previous.EXT. Reading a checkpoint never runs code.
 """
 
+import contextlib
 import csv
 import io
 import os
 import pickle
 import random
 import re
+import shutil
+import stat
 import warnings
 import zipfile
 from collections.abc import Iterable
@@ -306,18 +309,53 @@ def with_folder(path: str | Path | None) -> Path | None:
 
 
 def write_file(path: str | Path, content: bytes, backup: Path | None = None) -> None:
-    """Write beside, flush and rename: `path` never holds half a file. Its old content goes to `backup`."""
+    """Write beside, flush and rename: `path` never holds half a file. Its old content goes to `backup`.
+
+    A link stays: the file that it points to is replaced, and keeps its permissions. Into a pipe, a
+    device or the output of this process (/dev/stdout), the content is written at once.
+    """
+    stream = stream_at(path)
+    if stream is not None:
+        with open(stream, "wb", closefd=stream not in (1, 2)) as file:
+            file.write(content)
+        return
+    path = behind_links(path)
     partial = Path(f"{path}.{os.getpid()}.partial")  # another process may write the same file
     try:
         with open(partial, "wb") as file:
+            if path.exists():
+                shutil.copymode(path, partial)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if backup is not None and Path(path).exists():
+        if backup is not None and path.exists():
             os.replace(path, backup)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def behind_links(path: str | Path) -> Path:
+    """The file that a link points to, which may be missing; any other path as it is."""
+    return Path(os.path.realpath(path) if os.path.islink(path) else path)
+
+
+def is_stored(path: str | Path) -> bool:
+    """Whether there is a file or a folder at `path`, not a pipe or a device: something to read or to keep."""
+    return Path(path).exists() and stream_at(path) is None
+
+
+def stream_at(path: str | Path) -> str | Path | int | None:
+    """What to open to write into a pipe, a device or this process's output; None for any other file."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    for output in (1, 2):  # /dev/stdout may be a regular file, of which others wrote the beginning
+        with contextlib.suppress(OSError):  # it may be closed
+            if os.path.samestat(status, os.fstat(output)):
+                return output
+    return None if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode) else path
 
 
 def write_csv(rows: list[dict], path: str | Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import write_file
+from checkpoint import behind_links, stream_at, write_file
 from dataset import CLASSES, SUFFIXES, read_image, test_transform
 from model import Net
 from utils import predict
@@ -53,12 +53,12 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Path]]:
     if not files:
         parser.error(f"expected pictures, found none in {', '.join(map(str, options.paths))}")
     if options.csv:
-        folder = options.csv.parent
+        folder = behind_links(options.csv).parent
         if not folder.is_dir():
             parser.error(f"expected a folder for {options.csv}, found none: make {folder}")
         if options.csv.is_dir():
             parser.error(f"expected a file for the table, found the folder {options.csv}: name another")
-        if not os.access(folder, os.W_OK):
+        if stream_at(options.csv) is None and not os.access(folder, os.W_OK):
             parser.error(f"expected a folder that can be written, found {folder}: name another")
     return options, files
 

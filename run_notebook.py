@@ -150,7 +150,10 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, hint: str) -> None:
     for cell in result.cells:
         cell.metadata.pop("papermill", None)
     nbformat.write(result, partial)
-    os.replace(partial, folder / NOTEBOOK)
+    from checkpoint import write_file  # here, because it takes seconds
+
+    write_file(folder / NOTEBOOK, partial.read_bytes())
+    partial.unlink()
 
 
 def write_script(notebook: nbformat.NotebookNode) -> None:

@@ -275,7 +275,7 @@ def record(change: str, seed: int, epochs: int) -> dict:
 
 
 def append(row: dict, table: Path) -> None:
-    new = not table.exists()
+    new = not table.exists() or not table.stat().st_size
     with open(table, "a", newline="") as file:
         writer = csv.DictWriter(file, row)
         if new:

@@ -54,6 +54,16 @@ def test_the_cosine_is_above_the_line_at_first_and_below_it_at_last():
     assert difference == pytest.approx([0, 0.1036, 0, -0.1036], abs=1e-3)
 
 
+def test_a_run_adds_a_line_to_its_table_also_behind_a_link(tmp_path):
+    (tmp_path / "link.csv").symlink_to("table.csv")
+    for seed in (0, 1):
+        ablations.append({"change": "labels", "seed": seed}, tmp_path / "link.csv")
+    assert (tmp_path / "table.csv").read_text().splitlines() == ["change,seed", "labels,0", "labels,1"]
+    (tmp_path / "empty.csv").touch()
+    ablations.append({"change": "labels"}, tmp_path / "empty.csv")
+    assert (tmp_path / "empty.csv").read_text().splitlines() == ["change", "labels"]
+
+
 def test_held_out_images_are_never_learnt(monkeypatch):
     images = AlbumentationsCIFAR10(ASSETS)
     monkeypatch.setattr(ablations, "training_images", lambda: images)

@@ -341,6 +341,7 @@ assert not (folder / "old").exists()
 for name in ("net.safetensors", "net.pt", "augmentation.png", "RF Calculations.xlsx"):
     (folder / name).write_text("new")
 (folder / "history.csv").write_text("epoch\\n" * (1 + FINISHED))
+(folder / "S8.ipynb").symlink_to("elsewhere.ipynb")
 """
 STUB = "ASSETS = None\n\n\ndef find_cifar10(root, data):\n    return data\n"
 
@@ -363,7 +364,8 @@ def test_a_record_replaces_what_git_tracks_when_it_is_complete(tmp_path):
     assert assets == new | {"seed_history.csv": "old"}
     assert (tmp_path / "RF Calculations.xlsx").read_text() == "new"
     assert [cell.execution_count for cell in code_cells(tmp_path / "S8.ipynb")] == [1, 2]
-    assert (tmp_path / "S8.ipynb").read_bytes() == (folder / "S8.ipynb").read_bytes()
+    assert (tmp_path / "S8.ipynb").read_bytes() == (folder / "elsewhere.ipynb").read_bytes()
+    assert (folder / "S8.ipynb").is_symlink() and not (folder / "S8.partial.ipynb").exists()
 
 
 @pytest.mark.parametrize(

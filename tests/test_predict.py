@@ -42,6 +42,23 @@ def test_folder_becomes_a_table(pictures, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
 
 
+def test_a_table_goes_through_a_link_or_to_standard_output(pictures, tmp_path, capfd, monkeypatch):
+    picture = next(pictures.glob("more/*.png"))
+    (tmp_path / "link.csv").symlink_to(tmp_path / "disk" / "out.csv")
+    with pytest.raises(SystemExit):
+        call(picture, "--csv", tmp_path / "link.csv")
+    assert "expected a folder for" in capfd.readouterr().err
+    (tmp_path / "disk").mkdir()
+    assert call(picture, "--csv", tmp_path / "link.csv") == 0
+    table = (tmp_path / "disk" / "out.csv").read_bytes().decode()
+    assert table.startswith("file,class1") and (tmp_path / "link.csv").is_symlink()
+    monkeypatch.setattr("os.access", lambda folder, mode: False)  # as of /dev, for most people
+    assert call(picture, "--csv", "/proc/self/fd/1") == 0
+    assert capfd.readouterr().out.splitlines() == table.splitlines()
+    with pytest.raises(SystemExit):
+        call(picture, "--csv", tmp_path / "link.csv")
+
+
 def test_files_keep_their_order_and_folders_are_sorted(pictures):
     last = pictures / "more" / "airplane25.png"
     files = files_in([last, pictures, last])
