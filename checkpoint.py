@@ -62,7 +62,7 @@ class Run:
             self.announce(state)
             return state
         reason = f"is of another run ({change})" if change else "is not resumed, as asked"
-        files = [file for file in (self.checkpoint, previous(self.checkpoint)) if file.exists()]
+        files = [file for file in (self.checkpoint, previous(self.checkpoint)) if is_stored(file)]
         if files:
             names = " and ".join(str(set_aside(file)) for file in files)
             print(f"{self.checkpoint} {reason}: kept as {names}, starting with epoch 1")
@@ -188,7 +188,7 @@ def load_checkpoint(path: str | Path) -> dict | None:
     """
     problems = {}
     for file in (Path(path), previous(path)):
-        if not file.exists():
+        if not is_stored(file):
             continue
         try:
             state = read_checkpoint(file)
@@ -242,11 +242,13 @@ def save_checkpoint(state: dict, path: Path) -> None:
 
 def previous(path: str | Path) -> Path:
     """Where the checkpoint before the one at `path` is kept."""
-    return Path(path).with_name(f"{Path(path).stem}.previous{Path(path).suffix}")
+    path = behind_links(path)
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a file to a name with the current time; returns the new path."""
+    """Rename a file to a name with the current time; returns the new path. A link to it stays."""
+    path = behind_links(path)
     aside = path.with_name(f"{path.stem}.{datetime.now():%Y%m%d-%H%M%S-%f}{path.suffix}")
     os.replace(path, aside)
     return aside

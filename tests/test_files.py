@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from checkpoint import write_csv, write_file
+from checkpoint import Run, load_checkpoint, previous, save_checkpoint, set_aside, write_csv, write_file
 
 
 @pytest.fixture
@@ -50,9 +50,30 @@ def test_a_pipe_is_written_into(tmp_path, pipe):
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
+def test_a_pipe_is_no_checkpoint_to_resume_or_to_set_aside(pipe):
+    path, _ = pipe
+    assert Run({}, {}, [], path, None).find(resume=True) is None
+    assert Run({}, {}, [], path, None).find(resume=False) is None and path.is_fifo()
+
+
 def test_standard_output_keeps_what_was_printed_before(capfd):
     print("before", flush=True)  # into a regular file, here
     write_file("/proc/self/fd/1", b"table\n")  # what /dev/stdout links to, and nothing can replace
     write_file("/proc/self/fd/2", b"errors\n")
     os.write(1, b"after\n")
     assert capfd.readouterr() == ("before\ntable\nafter\n", "errors\n")
+
+
+STATE = dict.fromkeys(("recipe", "model", "average", "optimizer", "random", "history"), "")
+
+
+def test_a_checkpoint_behind_a_link_has_the_one_before_it_beside_itself(tmp_path, disk):
+    link = tmp_path / "net.pt"
+    link.symlink_to(disk / "net.pt")
+    for epoch in (1, 2):
+        save_checkpoint(STATE | {"history": epoch}, link)
+    assert previous(link) == disk / "net.previous.pt" and link.is_symlink()
+    assert load_checkpoint(link)["history"] == 2
+    aside = set_aside(link)
+    assert link.is_symlink() and aside.parent == disk
+    assert load_checkpoint(link)["history"] == 1
