@@ -1,20 +1,16 @@
 """Questions asked of a model or a data set, whichever they are. No answer changes the model."""
 
-import copy
 import random
-import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
+from torch import nn
 from torch.nn import functional as F
 
 from hardware import evaluation_mode, split_for_cache
-
-Size = tuple[int, int, int]  # (channels, height, width) of one input
-SIZE = (3, 32, 32)
+from receptive import SIZE, Size, evaluation_copy
+from receptive import receptive_field as receptive_field  # part of this module's names
 
 
 def set_seed(seed: int) -> None:
@@ -27,104 +23,12 @@ def set_seed(seed: int) -> None:
 # ---------------------------------------------------------------- layers
 
 
-def evaluation_copy(model: nn.Module) -> nn.Module:
-    """A float32 copy on the CPU in evaluation mode. Nothing done with it changes the model."""
-    return copy.deepcopy(model).cpu().float().eval()
-
-
 def model_summary(model: nn.Module, input_size: Size = SIZE) -> None:
     """Prints torchsummary's table, in megabytes of float32. The random state does not change."""
     import torchsummary  # here, so that the other functions work without it
 
     with torch.no_grad(), torch.random.fork_rng(devices=[]):  # torchsummary draws a random input
         torchsummary.summary(evaluation_copy(model), tuple(input_size), device="cpu")
-
-
-def square_window(name: str, layer: nn.Module) -> dict[str, int]:
-    """Kernel, stride, dilation and padding of a convolution or a pool, in pixels. ValueError: not square."""
-    window = {}
-    for key in ("kernel", "stride", "dilation", "padding"):
-        attribute = "kernel_size" if key == "kernel" else key
-        value = getattr(layer, attribute, 1)  # average pools have no dilation
-        if value == "same":
-            value = window["dilation"] * (window["kernel"] - 1) // 2
-        elif value == "valid":
-            value = 0
-        sides = {value} if isinstance(value, int) else set(value)
-        if len(sides) > 1:
-            raise ValueError(f"expected a square {key} in {name}, found {value}: use a square one")
-        window[key] = sides.pop()
-    return window
-
-
-def receptive_field(model: nn.Module, input_size: Size = SIZE) -> list[dict]:
-    """The receptive field of each Conv2d, MaxPool2d and AvgPool2d, in the order in which they run.
-
-        rf_out   = rf_in + (kernel - 1) * dilation * jump_in
-        jump_out = jump_in * stride
-
-    torch.fx traces the model, so branches count: a layer that joins them takes the largest
-    receptive field. A global or adaptive pool, or flattening, sees the whole map. The layers
-    after it have no row.
-
-    Paper: Araujo, Norris and Sim 2019, Computing Receptive Fields of Convolutional Neural
-    Networks, Distill.
-
-    Args:
-        model: has one input, and no control flow that depends on the data.
-        input_size: (channels, side, side) of one input.
-
-    Returns:
-        One dict a layer. `name` is dotted; the other values are integers. `kernel`, `stride`,
-        `padding`, `dilation`, `size_in` and `size_out` are in pixels of the layer's own map.
-        `jump_in`, `jump_out`, `rf_in` and `rf_out` are in pixels of the model's input.
-
-    Raises:
-        ValueError: a map or a window is not square, or another operation changes the size of the
-            map. The message names it.
-    """
-    if len(input_size) != 3 or input_size[1] != input_size[2]:
-        found = tuple(input_size)
-        raise ValueError(f"expected input_size (channels, side, side), found {found}: give a square map")
-    traced = fx.symbolic_trace(evaluation_copy(model))
-    modules = dict(traced.named_modules())
-    with torch.no_grad():
-        ShapeProp(traced).propagate(torch.zeros(1, *input_size))
-
-    rows = []
-    shapes = {}  # node: shape of its output, or () if that is no tensor
-    fields = {}  # node: (jump, receptive field) of its output, or None if it sees the whole map
-    for node in traced.graph.nodes:
-        shapes[node] = tuple(getattr(node.meta.get("tensor_meta"), "shape", ()))
-        if node.op == "placeholder":
-            fields[node] = 1, 1
-        inputs = [source for source in node.all_input_nodes if source in fields]
-        if not inputs or node.op == "output":
-            continue
-        if any(fields[source] is None for source in inputs):
-            fields[node] = None
-            continue
-        jump = max(fields[source][0] for source in inputs)
-        field = max(fields[source][1] for source in inputs)
-        fields[node] = jump, field
-
-        before, after = shapes[inputs[0]][-2:], shapes[node][-2:]
-        module = modules.get(node.target) if node.op == "call_module" else None
-        operation = type(module).__name__ if module else getattr(node.target, "__name__", str(node.target))
-        if type(module) in (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d):
-            window = square_window(node.target, module)
-            reach = field + (window["kernel"] - 1) * window["dilation"] * jump
-            fields[node] = jump * window["stride"], reach
-            row = {"name": node.target, **window, "size_in": before[0], "size_out": after[0]}
-            row |= {"jump_in": jump, "jump_out": jump * window["stride"], "rf_in": field, "rf_out": reach}
-            rows.append(row)
-        elif "adaptive" in operation.lower() or 0 < len(shapes[node]) < 4 or after == (1, 1) != before:
-            fields[node] = None
-        elif re.search("conv|pool", operation.lower()) or (before and after and before != after):
-            expected = "Conv2d, MaxPool2d, AvgPool2d or layers that keep the map's size"
-            found = f"{operation} ({node.name}: {before} to {after})"
-            raise ValueError(f"expected {expected}, found {found}: write it as one of those modules")
-    return rows
 
 
 # ---------------------------------------------------------------- data and predictions

@@ -146,6 +146,90 @@ def test_receptive_field_refuses_other_windows_and_operations(model, size, messa
         receptive_field(model, size)
 
 
+class Between(nn.Module):
+    """Two convolutions with an operation between them."""
+
+    def __init__(self, operation):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.operation = operation
+
+    def forward(self, x):
+        return self.last(self.operation(self.first(x)))
+
+
+class Gate(nn.Module):
+    """Squeeze-and-excitation without its layers."""
+
+    def forward(self, x):
+        return x * nn.functional.adaptive_avg_pool2d(x, 1)
+
+
+OTHER_PLACES = {
+    "roll": lambda x: x.roll(1, 3),
+    "flip": lambda x: x.flip(2),
+    "transpose": lambda x: x.transpose(2, 3),
+    "fft_fft2": lambda x: torch.fft.fft2(x).real,
+    "cumsum": lambda x: x.cumsum(3),
+    "softmax": lambda x: x.softmax(3),
+    "Linear": nn.Linear(8, 8),
+    "GroupNorm": nn.GroupNorm(2, 8),
+    "chunk": lambda x: torch.cat(x.chunk(2, 3)[::-1], 3),
+    r"Conv2d \(last\) behind adaptive_avg_pool2d": Gate(),
+    r"Conv2d \(last\) behind mean": lambda x: x - x.mean((2, 3), keepdim=True),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_PLACES)
+def test_receptive_field_refuses_what_carries_pixels_to_other_places(name):
+    with pytest.raises(ValueError, match=f"found {name}") as error:
+        receptive_field(Between(OTHER_PLACES[name]), (3, 8, 8))
+    assert "\n" not in str(error.value)
+
+
+def pixel_by_pixel(x):
+    x = nn.functional.hardswish(x).clamp(-1, 1) + torch.where(x > 0, x, 0) + nn.functional.normalize(x)
+    shuffled = x.view(1, 2, 4, 8, 8).transpose(1, 2).reshape(1, 8, 8, 8)
+    return torch.cat(shuffled.chunk(2, 1)[::-1], 1) / (1 + x.softmax(1))
+
+
+@pytest.mark.parametrize("operation", [pixel_by_pixel, nn.BatchNorm2d(8), nn.GELU()])
+def test_receptive_field_passes_what_works_pixel_by_pixel(operation):
+    assert [row["rf_out"] for row in receptive_field(Between(operation), (3, 8, 8))] == [3, 5]
+
+
+def test_receptive_field_has_no_rows_behind_a_gate_in_front_of_the_classifier():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), Gate(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 2, 1))
+    assert [row["name"] for row in receptive_field(net)] == ["0"]
+
+
+def test_receptive_field_of_a_model_with_control_flow_is_refused_in_a_line():
+    with pytest.raises(ValueError, match="torch.fx can trace, found Between: .*control flow") as error:
+        receptive_field(Between(lambda x: x if x.sum() > 0 else -x))
+    assert "\n" not in str(error.value)
+
+
+class Shifted(nn.Module):
+    """The two branches see windows of three pixels that begin at different places: four pixels together."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(1, 1, 3, 2, 1), nn.AvgPool2d(3, 2, ceil_mode=True)
+        self.last = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x):
+        return self.last(self.conv(x) + self.pool(x))
+
+
+def test_receptive_field_of_branches_is_all_that_any_of_them_sees():
+    net, image = Shifted(), torch.ones(1, 1, 32, 32, requires_grad=True)
+    for parameter in net.parameters():
+        nn.init.ones_(parameter)
+    net(image)[0, 0, 8, 8].backward()
+    columns = image.grad[0, 0].any(0).nonzero()
+    assert receptive_field(net, (1, 32, 32))[-1]["rf_out"] == len(columns) == 8
+
+
 def test_receptive_field_is_the_extent_of_the_gradient():
     net = Net().eval()
     with torch.no_grad():
