@@ -79,6 +79,27 @@ def channel_statistics(images, name: str = "Train") -> dict[str, tuple[float, ..
     return result
 
 
+def class_indices(name: str, values: torch.Tensor, count: int, classes: int | None) -> torch.Tensor:
+    """The values as int64. ValueError unless they are `count` integers from 0 to classes - 1."""
+    if values.shape != (count,) or values.is_floating_point() or values.dtype == torch.bool:
+        found = f"{values.dtype} {tuple(values.shape)}"
+        raise ValueError(f"{name}: expected {count} integers, found {found}: pass one class for each image")
+    if classes is not None and count and not 0 <= values.min() <= values.max() < classes:
+        found = f"{values.min()} to {values.max()}"
+        raise ValueError(f"{name}: expected 0 to {classes - 1}, found {found}: pass the name of every class")
+    return values.long()
+
+
+def check_logits(logits: torch.Tensor) -> None:
+    """Raises ValueError unless the model's answers are (N, classes) and no probabilities already."""
+    if logits.ndim != 2:
+        found = tuple(logits.shape)
+        raise ValueError(f"expected logits (N, classes), found {found}: flatten the model's output")
+    # Rows of zeros and a one are left alone, because a simple model may have such logits.
+    if logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 0.01 and logits.amax(1).min() < 0.99:
+        raise ValueError("expected logits, found probabilities: take the softmax out of the model")
+
+
 @torch.no_grad()
 def predictions(model: nn.Module, loader: Iterable) -> tuple[torch.Tensor, torch.Tensor]:
     """Targets int64 (N,) and softmax probabilities float32 (N, classes) of a whole loader, on the CPU.
@@ -92,19 +113,24 @@ def predictions(model: nn.Module, loader: Iterable) -> tuple[torch.Tensor, torch
             targets (N,). The results keep its order.
 
     Raises:
-        ValueError: the loader is empty.
+        ValueError: the loader is empty, its targets are no integers (N,), or the model ends in a
+            softmax or has answers of another shape.
     """
     device = next(model.parameters(), torch.empty(0)).device
     targets, probabilities = [], []
     with evaluation_mode(model):
         for images, labels, *_ in loader:
             for part in split_for_cache(images.to(device, non_blocking=True)):
-                probabilities.append(model(part).float().softmax(1))
-            targets.append(labels)  # moved to the CPU at the end, so that no batch waits for the GPU
+                logits = model(part).float()
+                if not probabilities:
+                    check_logits(logits)
+                probabilities.append(logits.softmax(1))
+            targets.append(class_indices("targets", labels, len(images), None))
     if not targets:
         expected = "at least one batch of (images, targets)"
         raise ValueError(f"expected {expected}, found an empty loader: an iterator in use?")
-    return torch.cat(targets).to("cpu", torch.int64), torch.cat(probabilities).cpu()
+    # They move to the CPU at the end, so that no batch waits for the GPU.
+    return torch.cat(targets).cpu(), torch.cat(probabilities).cpu()
 
 
 def misclassified(model: nn.Module, loader: Iterable, limit: int | None = None) -> list[dict]:
@@ -117,11 +143,12 @@ def misclassified(model: nn.Module, loader: Iterable, limit: int | None = None) 
         `confidence`, the probability of the prediction, in [0, 1].
 
     Raises:
-        ValueError: limit is below 0, or the loader is empty.
+        ValueError: limit is below 0, or a target is no class of the model; also as `predictions`.
     """
     if limit is not None and limit < 0:
         raise ValueError(f"expected limit None or at least 0, found {limit}: give the number of images")
     targets, probabilities = predictions(model, loader)
+    class_indices("targets", targets, *probabilities.shape)
     confidence, predicted = probabilities.max(1)
     wrong = (predicted != targets).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)][:limit]
@@ -132,7 +159,16 @@ def misclassified(model: nn.Module, loader: Iterable, limit: int | None = None) 
 def class_accuracies(
     targets: torch.Tensor, predicted: torch.Tensor, classes: Sequence[str]
 ) -> dict[str, float]:
-    """The accuracy of each class in percent, NaN if it has no images; both tensors are class indices (N,)."""
+    """The accuracy of each class in percent, NaN if it has no images; both tensors are class indices (N,).
+
+    Raises:
+        ValueError: the tensors have another shape, dtype or range, or two classes have one name.
+    """
+    targets = class_indices("targets", targets, len(targets), len(classes))
+    predicted = class_indices("predicted", predicted, len(targets), len(classes))
+    if len(set(classes)) < len(classes):
+        twice = next(name for name in classes if list(classes).count(name) > 1)
+        raise ValueError(f"classes: expected names that differ, found {twice!r} twice: rename one")
     images = torch.bincount(targets, minlength=len(classes)).double()
     right = torch.bincount(targets[predicted == targets], minlength=len(classes))
     return dict(zip(classes, (100 * right / images).tolist()))
@@ -144,8 +180,10 @@ def most_confused(
     """The pairs of classes with the most mistakes: (class, class, mistakes in both directions), most first.
 
     Equal pairs keep the order of the classes. Pairs without mistakes are left out. Both tensors
-    are class indices (N,).
+    are class indices (N,), or ValueError says what they are.
     """
+    targets = class_indices("targets", targets, len(targets), len(classes))
+    predicted = class_indices("predicted", predicted, len(targets), len(classes))
     pairs = torch.minimum(targets, predicted) * len(classes) + torch.maximum(targets, predicted)
     mistakes = torch.bincount(pairs[targets != predicted], minlength=len(classes) ** 2)
     result = []
@@ -191,7 +229,7 @@ def predict(
                     tensors.append(transform(image=images[i])["image"])
                 except ValueError as error:
                     raise ValueError(f"image {i}: {error}") from None
-            yield torch.stack(tensors), torch.zeros(len(tensors))
+            yield torch.stack(tensors), torch.zeros(len(tensors), dtype=torch.int64)
 
     _, probabilities = predictions(model, batches())
     logits = probabilities.shape[1]
@@ -216,7 +254,14 @@ def calibration(targets: torch.Tensor, probabilities: torch.Tensor) -> tuple[lis
         One dict for each tenth of [0, 1] with images: `count`, and the means `confidence` and
         `accuracy`. The expected calibration error in [0, 1]: |confidence - accuracy|, weighted by
         the counts.
+
+    Raises:
+        ValueError: the arguments differ in length, or have another dtype or range. Logits are
+            refused too: rows of probabilities have the sum 1.
     """
+    targets = class_indices("targets", targets, *probabilities.shape)
+    if not (probabilities.min() >= 0 and (probabilities.sum(1) - 1).abs().max() < 0.01):
+        raise ValueError("probabilities: expected rows with the sum 1, found others: pass softmax(1)")
     confidence, predicted = probabilities.double().max(1)
     right = (predicted == targets).double()
     tenth = (confidence * 10).long().clamp(max=9)
@@ -240,7 +285,12 @@ def grad_cam(model: nn.Module, layer: str, images: torch.Tensor) -> torch.Tensor
     Returns:
         float32 (N, H, W) on the CPU, in [0, 1]. The maximum of each image is 1. If nothing speaks
         for the predicted class, the whole image is 0.
+
+    Raises:
+        ValueError: the images are integers, such as pixels that are not normalised yet.
     """
+    if not images.is_floating_point():
+        raise ValueError(f"images: expected float tensors, found {images.dtype}: apply the test transform")
     probe = evaluation_copy(model)
     images = images.detach().cpu().float().requires_grad_()  # a frozen model has no other gradients
     maps = []

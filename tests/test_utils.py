@@ -432,6 +432,47 @@ def test_class_accuracies_and_confusions_by_hand():
     assert most_confused(targets, predicted, classes) == expected
     assert most_confused(targets, predicted, classes, limit=1) == expected[:1]
     assert most_confused(targets, targets, classes) == []
+    many = [str(i) for i in range(200)]
+    small = torch.tensor([199, 150], dtype=torch.uint8), torch.tensor([150, 199], dtype=torch.uint8)
+    assert most_confused(*small, many) == [("150", "199", 2)]
+
+
+@pytest.mark.parametrize("question", [class_accuracies, most_confused])
+@pytest.mark.parametrize(
+    "targets, predicted, message",
+    [
+        ([0, 1, 3], [0, 1, 2], "targets: expected 0 to 2, found 0 to 3"),
+        ([0, 1, 2], [0, 1, -1], "predicted: expected 0 to 2, found -1 to 1"),
+        ([0, 1, 2], [0], r"predicted: expected 3 integers, found torch.int64 \(1,\)"),
+        ([0, 1, 2], [0.9, 0.2, 0.4], "predicted: expected 3 integers, found torch.float32"),
+    ],
+)
+def test_answers_by_class_are_of_indices_of_the_classes(question, targets, predicted, message):
+    with pytest.raises(ValueError, match=message):
+        question(torch.tensor(targets), torch.tensor(predicted), ("cat", "dog", "frog"))
+
+
+def test_class_accuracies_of_two_classes_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="found 'crane' twice"):
+        class_accuracies(torch.tensor([0, 1]), torch.tensor([0, 1]), ("crane", "crane"))
+
+
+@pytest.mark.parametrize(
+    "model, targets, message",
+    [
+        (nn.Flatten(), [[1.0, 0.0]], r"targets: expected 1 integers, found torch.float32 \(1, 2\)"),
+        (nn.Flatten(), [0.9], "targets: expected 1 integers, found torch.float32"),
+        (nn.Flatten(), [0, 1], "targets: expected 1 integers"),
+        (nn.Identity(), [0], r"logits \(N, classes\), found \(1, 3, 1, 1\)"),
+        (nn.Sequential(nn.Flatten(), nn.Softmax(1)), [0], "expected logits, found probabilities"),
+    ],
+)
+def test_predictions_need_integer_targets_and_logits(model, targets, message):
+    images = torch.tensor([1.0, 2.0, 4.0]).reshape(1, 3, 1, 1)
+    with pytest.raises(ValueError, match=message):
+        predictions(model, [(images, torch.tensor(targets))])
+    with pytest.raises(ValueError, match="targets: expected 0 to 2, found 3 to 3"):
+        misclassified(nn.Flatten(), [(images, torch.tensor([3]))])
 
 
 def test_predict_names_the_most_probable_classes():
@@ -465,6 +506,25 @@ def test_calibration_by_hand():
     assert [row["accuracy"] for row in rows] == [1, pytest.approx(2 / 3)]
     assert rows[1]["confidence"] == pytest.approx((0.95 + 0.95 + 1) / 3)
     assert error == pytest.approx((abs(1 - 0.85) + abs(2 - 2.9)) / 4)
+
+
+@pytest.mark.parametrize(
+    "targets, probabilities, message",
+    [
+        ([0, 1], [[3.0, -2.0], [0.5, 0.5]], "rows with the sum 1"),
+        ([0, 1], [[0.9, 0.1], [math.nan, 0.5]], "rows with the sum 1"),
+        ([0], [[0.9, 0.1], [0.5, 0.5]], "targets: expected 2 integers"),
+        ([0, 2], [[0.9, 0.1], [0.5, 0.5]], "targets: expected 0 to 1, found 0 to 2"),
+    ],
+)
+def test_calibration_refuses_logits_and_targets_of_others(targets, probabilities, message):
+    with pytest.raises(ValueError, match=message):
+        calibration(torch.tensor(targets), torch.tensor(probabilities))
+
+
+def test_grad_cam_refuses_pixels_that_are_not_normalised():
+    with pytest.raises(ValueError, match="expected float tensors, found torch.uint8"):
+        grad_cam(Net(), "stage4", torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
 def test_grad_cam_is_hot_at_the_class_and_the_model_stays():
