@@ -17,7 +17,14 @@ def net(pretrained: bool = False, **kwargs):
     Args:
         pretrained: True gives the weights of the recorded run, in evaluation mode; False random weights.
         kwargs: arguments of `Net.from_pretrained` if pretrained, else of `Net`.
+
+    Raises:
+        TypeError: pretrained and num_classes: the weights are those of ten classes.
     """
+    if pretrained and "num_classes" in kwargs:
+        found = f"num_classes={kwargs['num_classes']}"
+        advice = f"call reset_classifier({kwargs['num_classes']}) of the network that you get"
+        raise TypeError(f"expected path or dropout beside pretrained=True, found {found}: {advice}")
     if getattr(sys.modules.get(NAME), "__file__", None) != FILE:
         spec = importlib.util.spec_from_file_location(NAME, FILE)
         module = importlib.util.module_from_spec(spec)

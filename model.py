@@ -110,22 +110,31 @@ class Net(nn.Module):
         the network. Ours names the classes, the mean and std of the training images, and the test
         accuracy in percent.
 
+        For another number of classes, call `reset_classifier` afterwards.
+
         Raises:
             FileNotFoundError: there is no such file.
             RuntimeError: the weights are those of another network; the message names the keys.
-            safetensors.SafetensorError: the file is of another kind.
+            safetensors.SafetensorError: the file is of another kind, or holds less than it announces.
         """
-        from safetensors import safe_open  # here, so that a network without saved weights needs only torch
+        # Here, because a network without saved weights needs only torch.
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(path, "pt") as file:
-            names = file.keys()
-            state = {name: file.get_tensor(name) for name in names}
-            metadata = file.metadata() or {}
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"expected weights at {path}, found no file: pass net.safetensors's path")
+        try:
+            with safe_open(path, "pt") as file:
+                state = {name: file.get_tensor(name) for name in file.keys()}
+                metadata = file.metadata() or {}
+        except SafetensorError as error:  # it may quote the whole file
+            raise SafetensorError(f"expected safetensors, found {path}: {str(error)[:200]}") from None
         num_classes, in_channels = 10, 3  # for another network's weights: load_state_dict names the keys
-        if "classifier.weight" in state:
-            num_classes = len(state["classifier.weight"])
-        if "stage1.separable.depthwise.weight" in state:
-            in_channels = len(state["stage1.separable.depthwise.weight"])
+        head = state.get("classifier.weight", torch.empty(0))
+        if head.shape[1:] == (WIDTHS[3], 1, 1):  # a huge number of empty tensors is a short file too
+            num_classes = len(head)
+        depthwise = state.get("stage1.separable.depthwise.weight", torch.empty(0))
+        if depthwise.shape[1:] == (1, 3, 3):
+            in_channels = len(depthwise)
         net = cls(num_classes, in_channels, dropout)
         net.load_state_dict(state)
         net.metadata = metadata

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import pickle
 import shutil
 import subprocess
@@ -93,8 +94,11 @@ def test_pretrained_weights_classify_and_tell_of_themselves(pretrained, images, 
     assert (pretrained(inputs).argmax(1) == targets).float().mean() > 0.75
     assert pretrained.metadata["classes"].split(",")[3] == "cat"
     assert len(pretrained.metadata["mean"].split(",")) == 3
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="none, found no file: pass"):
         Net.from_pretrained(tmp_path / "none")
+    fresh = Net.from_pretrained()
+    fresh.metadata.clear()  # it is that network's own
+    assert pretrained.metadata and Net.from_pretrained().metadata == pretrained.metadata
 
 
 def test_weights_of_another_network_are_refused(tmp_path):
@@ -106,12 +110,48 @@ def test_weights_of_another_network_are_refused(tmp_path):
         Net.from_pretrained(tmp_path / "text.safetensors")
 
 
+def header(shape, end):
+    tensor = {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}
+    return json.dumps({"classifier.weight": tensor}).encode()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ((2**30).to_bytes(8, "little") + b"{}", "header too large"),
+        ((2**63).to_bytes(8, "little") + b"{}", "header too large"),
+        (header([2**40, 48, 1, 1], 2**40), "invalid"),  # no such data follow
+        (header([2**62, 48, 1, 1], 8), "overflow"),
+        (b'{"a": "' + b"long " * 10_000 + b'"}', "invalid JSON"),
+    ],
+)
+def test_weights_that_announce_too_much_are_refused_in_a_line(content, message, tmp_path):
+    file = tmp_path / "net.safetensors"
+    file.write_bytes(content if content[8:] == b"{}" else len(content).to_bytes(8, "little") + content)
+    with pytest.raises(
+        SafetensorError, match=f"expected safetensors, found .*net.safetensors: .*{message}"
+    ) as error:
+        Net.from_pretrained(file)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("shape", [[10**12, 0, 1, 1], [0], []])
+def test_weights_of_another_shape_make_no_network_of_that_size(shape, tmp_path):
+    content = header(shape, 0 if shape else 4)
+    file = tmp_path / "net.safetensors"
+    file.write_bytes(len(content).to_bytes(8, "little") + content + bytes(0 if shape else 4))
+    with pytest.raises(RuntimeError, match="size mismatch for classifier.weight"):
+        Net.from_pretrained(file)
+
+
 def test_pretrained_from_the_hub(pretrained, images, monkeypatch):
     monkeypatch.setitem(sys.modules, "model", ModuleType("the caller's own"))
     logits = pretrained(images[0])
     hub = torch.hub.load(str(REPOSITORY), "net", source="local", pretrained=True)
     assert torch.equal(hub(images[0]), logits)
     assert torch.equal(pickle.loads(pickle.dumps(hub))(images[0]), logits)
+    with pytest.raises(TypeError, match=r"found num_classes=100: call reset_classifier\(100\)"):
+        torch.hub.load(str(REPOSITORY), "net", source="local", pretrained=True, num_classes=100)
     fresh = torch.hub.load(str(REPOSITORY), "net", source="local", num_classes=7)
     assert fresh(images[0]).shape == (100, 7)
 
