@@ -142,8 +142,8 @@ def plot_history(history, references=None, note=""):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
         if count == 1:
             axes.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)
-        if name != "learning_rate":
-            axes.legend(fontsize=SMALL)
+        if name != "learning_rate":  # by itself, the legend leaves out labels that begin with "_"
+            axes.legend(axes.lines, [line.get_label() for line in axes.lines], fontsize=SMALL)
     return figure
 
 

@@ -138,6 +138,8 @@ def test_history_draws_every_epoch(epochs):
     lines = {line.get_label(): line for line in figure.axes[0].lines}
     assert lines[f"test: {50 + epochs:.2f} % at epoch {epochs}"].get_ydata()[-1] == 50 + epochs
     assert list(lines["high: 91.25 %"].get_ydata()) == [91.25, 91.25]
+    legend = plot_history(history, {"_baseline": 90.0}).axes[0].get_legend()
+    assert "_baseline: 90.00 %" in [text.get_text() for text in legend.get_texts()]
     box = figure.axes[-1].get_window_extent().padded(-2)  # the learning rate: one blue line, or one marker
     picture = pixels(figure)[::-1][int(box.y0) : int(box.y1), int(box.x0) : int(box.x1)]
     assert (picture == (0, 114, 178)).all(axis=2).sum() > 20
