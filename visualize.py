@@ -4,7 +4,8 @@ Every `plot_` function returns a `matplotlib.figure.Figure`. It is at most about
 has 150 dots an inch and no text under 8 points, so it is legible on a page that shows it 830
 pixels wide. A notebook shows the figure if it is the last expression of a cell;
 `figure.savefig(path)` writes it. `note` ends the title in brackets and tells the source of the
-data, such as "sample of 2,500 images".
+data, such as "sample of 2,500 images". An argument that has not the shape, dtype, length or range
+of the docstring raises ValueError. A text that has no room is shortened in its middle.
 
 This file stands alone: copy it into another experiment and it works. It needs numpy and matplotlib.
 """
@@ -15,11 +16,12 @@ from functools import partial
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 
-# Okabe and Ito's colours stay distinct under the common kinds of colour blindness. No figure
-# relies on colour alone: curves also differ in marker and dash, and each cell of the confusion
-# matrix has its number.
+# Okabe and Ito's colours stay distinct under the common kinds of colour blindness. Curves also
+# differ in marker and dash, and the worst mistakes of a confusion matrix have numbers.
 BLUE, VERMILION = "#0072B2", "#D55E00"
 REFERENCE_STYLES = [("#009E73", "--"), ("#CC79A7", "-."), ("#000000", ":"), ("#E69F00", (0, (8, 2)))]
 SMALL, MEDIUM, LARGE = 8.5, 9.5, 11  # font sizes in points
@@ -62,16 +64,17 @@ def plot_samples(images, targets, classes, per_class=10, note=""):
     Args:
         images: uint8 array (N, H, W, 3), RGB.
         targets: N integers, 0 to len(classes) - 1.
-        classes: class names.
+        classes: class names. Of more than 40, 40 are drawn, from the first to the last.
         per_class: images a row, at least 1. A class with fewer images gets a shorter row.
-
-    Raises:
-        ValueError: images or targets have another shape, dtype or range.
     """
     images = _pictures("images", images)
     targets = _indices("targets", targets, len(images), len(classes))
-    rows = [images[np.flatnonzero(targets == index)[:per_class]] for index in range(len(classes))]
-    return _draw_rows(rows, classes, per_class, f"The first {per_class} of each class", note)
+    chosen = np.linspace(0, len(classes) - 1, min(40, len(classes))).round().astype(int)
+    rows = [images[np.flatnonzero(targets == index)[:per_class]] for index in chosen]
+    title = f"The first {per_class} of each class"
+    if len(rows) < len(classes):
+        title += f": {len(rows)} of {len(classes)} classes"
+    return _draw_rows(rows, [classes[index] for index in chosen], per_class, title, note)
 
 
 def plot_augmentations(image, augmented, note=""):
@@ -80,16 +83,12 @@ def plot_augmentations(image, augmented, note=""):
     Args:
         image: uint8 array (H, W, 3), RGB, the original.
         augmented: dict of name to uint8 array (K, H, W, 3), in the order of the rows, at least one.
-
-    Raises:
-        ValueError: the images have another shape or dtype.
     """
     rows = []
     for name, images in augmented.items():
         row = np.concatenate([np.asarray(image)[None], images])
         rows.append(_pictures(f"augmented[{name!r}]", row))
-    columns = max(len(row) for row in rows)
-    titles = ("original", "drawn at random")
+    columns, titles = max(len(row) for row in rows), ("original", "drawn at random")
     return _draw_rows(rows, augmented, columns, "Augmentations of one image", note, titles)
 
 
@@ -107,14 +106,10 @@ def plot_history(history, references=None, note=""):
     references = references or {}
     count = len(history)
     epochs = [row["epoch"] for row in history]
-    plural = "s" if count > 1 else ""
-    figure = _figure(9, 4.6, f"Training history: {count} epoch{plural}", note)
-    layout = [["accuracy", "loss"], ["accuracy", "learning_rate"]]
-    panels = figure.subplot_mosaic(layout, width_ratios=[3, 2])
+    figure = _figure(9, 4.6, f"Training history: {count} epoch{'s' * (count > 1)}", note)
+    panels = figure.subplot_mosaic([["accuracy", "loss"], ["accuracy", "learning_rate"]], width_ratios=[3, 2])
 
-    # Markers at every epoch would hide the line of a long run. About ten are drawn, the last
-    # epoch included.
-    every = max(1, count // 10)
+    every = max(1, count // 10)  # more markers would hide the line; the last epoch has one
     style = {"markevery": ((count - 1) % every, every), "ms": 4, "lw": 1.5}
     accuracies = []
     for split, color, shape in (("train", BLUE, "o-"), ("test", VERMILION, "s--")):
@@ -124,11 +119,9 @@ def plot_history(history, references=None, note=""):
         panels["accuracy"].plot(epochs, accuracy, shape, color=color, label=label, **style)
         loss = [row[f"{split}_loss"] for row in history]
         panels["loss"].plot(epochs, loss, shape, color=color, label=split, **style)
-    rates = [row["learning_rate"] for row in history]
-    panels["learning_rate"].plot(epochs, rates, "o-", color=BLUE, **style)
+    panels["learning_rate"].plot(epochs, [row["learning_rate"] for row in history], "o-", color=BLUE, **style)
 
-    # The highest line is the first in the legend.
-    by_height = sorted(references.items(), key=lambda item: -item[1])
+    by_height = sorted(references.items(), key=lambda item: -item[1])  # as in the legend
     for index, (label, accuracy) in enumerate(by_height):
         color, dashes = REFERENCE_STYLES[index % len(REFERENCE_STYLES)]
         label = f"{_plain(label)}: {accuracy:.2f} %"
@@ -155,32 +148,29 @@ def plot_misclassified(images, targets, predictions, confidences, classes, note=
         targets, predictions: K integers each, 0 to len(classes) - 1.
         confidences: K probabilities of the predicted classes, in [0, 1].
         classes: class names.
-
-    Raises:
-        ValueError: an argument has another shape, dtype, length or range.
     """
     count = len(images)
-    if count == 0:
+    if not any(map(len, (images, targets, predictions, confidences))):
         figure = _figure(5, 1, "Misclassified images", note)
         figure.text(0.5, 0.35, "None: every image was classified correctly.", ha="center", fontsize=MEDIUM)
         return figure
     images = _pictures("images", images)
     targets = _indices("targets", targets, count, len(classes))
     predictions = _indices("predictions", predictions, count, len(classes))
-    if not 0 <= np.min(confidences) <= np.max(confidences) <= 1:
-        found = f"up to {np.max(confidences):g}"
-        raise ValueError(f"confidences: expected numbers in [0, 1], found {found}: pass probabilities")
-    rows = -(-count // 7)
+    _within("confidences", confidences, 1, "pass probabilities")
+    widest = max(_width(f"pred.: {classes[index]}", SMALL) for index in {*targets, *predictions})
+    cell = min(max(1.28, widest + 0.1), 3)  # inches; the images stay as they are
+    rows = -(-count // int(9 / cell))
     columns = -(-count // rows)  # the rows are about equally long: 30 images are 5 rows of 6
-    size = max(5, 1.28 * columns), 0.35 + 1.83 * rows
-    figure = _figure(*size, "Misclassified images", note)
+    figure = _figure(max(5, cell * columns), 0.35 + 1.83 * rows, "Misclassified images", note)
+    figure.get_layout_engine().set(w_pad=0.04167 + (cell - 1.28) / 2)
     cells = figure.subplots(rows, columns, squeeze=False, subplot_kw=BARE).ravel()
     answers = zip(cells[:count], images, targets, predictions, confidences, strict=True)
     for axes, image, target, prediction, confidence in answers:
         axes.imshow(image, interpolation="nearest")
-        true, predicted = _plain(classes[target]), _plain(classes[prediction])
-        caption = f"true: {true}\npred.: {predicted}\nconf.: {100 * confidence:.1f} %"
-        axes.set_xlabel(caption, fontsize=SMALL)
+        names = f"true: {classes[target]}", f"pred.: {classes[prediction]}"
+        lines = [*(_plain(name, cell - 0.1) for name in names), f"conf.: {100 * confidence:.1f} %"]
+        axes.set_xlabel("\n".join(lines), fontsize=SMALL)
     return figure
 
 
@@ -193,33 +183,32 @@ def plot_predictions(images, truths, answers, heat=None, note=""):
         answers: for each image a list of (class name, probability in [0, 1]), as `predict` returns them.
         heat: float array (K, h, w) in [0, 1], as `grad_cam` returns it. Each image is drawn a second time,
             under its heat.
-
-    Raises:
-        ValueError: the images have another shape or dtype, or the arguments differ in length.
     """
     images = _pictures("images", images)
-    looks = 1 if heat is None else 2
-    title = "Predictions and their probabilities"
+    looks, title, maps = 1, "Predictions and their probabilities", [None] * len(images)
     if heat is not None:
-        title = "Predictions; bright: where the network looked"
+        looks, title = 2, "Predictions; bright: where the network looked"
+        maps = np.reshape(heat, np.shape(heat)[:3])  # refuses colours
+        _within("heat", maps, 1, "pass what grad_cam() returns")
+    shares = [share for answer in answers for _, share in answer]
+    _within("answers", shares, 1, "pass what predict() returns")
     bars = max(len(answer) for answer in answers)
-    figure = _figure(max(5, 1.5 * len(images)), 0.8 + 1.3 * looks + 0.2 * bars, title, note)
+    cell = max(5 / len(images), 1.5)  # inches
+    figure = _figure(cell * len(images), 0.8 + 1.3 * looks + 0.2 * bars, title, note)
     layout = {"squeeze": False, "subplot_kw": BARE, "height_ratios": [1.3] * looks + [0.2 * bars]}
     grid = figure.subplots(looks + 1, len(images), **layout)
-    maps = [None] * len(images) if heat is None else heat
     for column, image, truth, answer, heat_map in zip(grid.T, images, truths, answers, maps, strict=True):
         picture, chart = column[0], column[-1]
         picture.imshow(image, interpolation="nearest")
-        picture.set_title(_plain(truth), fontsize=SMALL, weight="bold")
+        picture.set_title(_plain(truth, 0.8 * cell), fontsize=SMALL, weight="bold")
         if heat_map is not None:
             frame = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
             style = {"cmap": "inferno", "alpha": 0.5, "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
             column[1].imshow(image, interpolation="nearest")
             column[1].imshow(heat_map, extent=frame, **style)
-        probabilities = [probability for _, probability in answer]
-        chart.barh(range(len(answer)), probabilities, color="#9ECAE1", height=0.85)
+        chart.barh(range(len(answer)), [share for _, share in answer], color="#9ECAE1", height=0.85)
         for row, (name, probability) in enumerate(answer):
-            text = f"{_plain(name)} {100 * probability:.1f} %"
+            text = f"{_plain(name, cell - 0.7)} {100 * probability:.1f} %"
             chart.text(0.03, row, text, va="center", fontsize=SMALL)
         chart.set(xlim=(0, 1), ylim=(bars - 0.5, -0.5))
     return figure
@@ -280,8 +269,9 @@ def plot_robustness(clean, damaged, note=""):
         axes.plot(places, heights, "o-", color=VERMILION, ms=5, lw=1.5)
         for place, height in zip(places, heights):
             axes.annotate(f"{height:.1f}", (place, height), (3, 5), **style)  # right, because curves fall
-        axes.set_xticks(places, [_plain(strength) for strength in accuracies], fontsize=SMALL)
-        axes.set_title(_plain(kind), fontsize=MEDIUM)
+        names = [_plain(strength, 7.5 / len(damaged) / len(places)) for strength in accuracies]
+        axes.set_xticks(places, names, fontsize=SMALL)
+        axes.set_title(_plain(kind, 8 / len(damaged), MEDIUM), fontsize=MEDIUM)
         axes.set(xlim=(-0.3, len(accuracies) - 0.3), ylim=(0, 105))
         _label(axes, "", "accuracy (%)" if axes is panels[0] else "")
     return figure
@@ -290,15 +280,12 @@ def plot_robustness(clean, damaged, note=""):
 def plot_confusion_matrix(targets, predictions, classes, note=""):
     """Counts of images: true classes down, predicted classes across, each class's accuracy at the right.
 
-    The colours show the mistakes. The diagonal is grey and bold instead, because its counts are
-    so large that on one scale all mistakes would have the same colour.
+    The colours show the mistakes. The diagonal is grey, because its counts are so much larger.
+    Where numbers have no room, as for more than 25 classes, the worst pairs are named instead.
 
     Args:
         targets, predictions: N integers each, N at least 1, 0 to len(classes) - 1.
-        classes: class names, up to about 25.
-
-    Raises:
-        ValueError: targets or predictions have another shape, dtype, length or range.
+        classes: class names.
     """
     size, total = len(classes), len(targets)
     targets = _indices("targets", targets, total, size)
@@ -312,19 +299,26 @@ def plot_confusion_matrix(targets, predictions, classes, note=""):
     # From white to vermilion, and no darker: black numbers are legible on every shade.
     shades = LinearSegmentedColormap.from_list("mistakes", ["white", VERMILION]).with_extremes(bad="#DDDDDD")
     top = max(1, mistakes.filled(0).max())
-    picture = axes.imshow(mistakes, cmap=shades, vmin=0, vmax=top, aspect="auto", interpolation="nearest")
-    for (row, column), count in np.ndenumerate(counts):
-        weight = "bold" if row == column else "normal"
-        axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=MEDIUM, weight=weight)
-    axes.text(size - 0.4, -0.5 - size / 100, "correct", fontsize=MEDIUM)
-    for row, (right, images) in enumerate(zip(counts.diagonal(), counts.sum(axis=1))):
-        share = f"{100 * right / images:.1f} %" if images else "no images"
-        axes.text(size - 0.4, row, share, va="center", fontsize=MEDIUM)
-
-    names = [_plain(name) for name in classes]
-    slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
-    axes.set_xticks(range(size), names, fontsize=MEDIUM, **slanted)
-    axes.set_yticks(range(size), names, fontsize=MEDIUM)
+    picture = axes.imshow(mistakes, cmap=shades, vmin=0, vmax=top, aspect="auto")
+    names = [_plain(name, 1.3, MEDIUM) for name in classes]
+    if size <= 25 and size * (len(f"{counts.max():,}") + 1) <= 84:  # characters in a row of cells
+        for (row, column), count in np.ndenumerate(counts):
+            weight = "bold" if row == column else "normal"
+            axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=MEDIUM, weight=weight)
+        axes.text(size - 0.4, -0.5 - size / 100, "correct", fontsize=MEDIUM)
+        for row, (right, images) in enumerate(zip(counts.diagonal(), counts.sum(axis=1))):
+            share = f"{100 * right / images:.1f} %" if images else "no images"
+            axes.text(size - 0.4, row, share, va="center", fontsize=MEDIUM)
+        slanted = {"rotation": 30 if size <= 16 else 60, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(range(size), names, fontsize=MEDIUM, **slanted)
+        axes.set_yticks(range(size), names, fontsize=MEDIUM)
+    else:
+        lines = ["Most mistakes:"]
+        order = (-mistakes.filled(0)).argsort(axis=None, kind="stable")
+        for place in order[: min(25, np.sum(mistakes > 0))]:
+            true, predicted = divmod(place, size)
+            lines.append(f"{counts[true, predicted]:,}  {names[true]} as {names[predicted]}")
+        axes.text(1.03, 1, "\n".join(lines), va="top", fontsize=SMALL, transform=axes.transAxes)
     axes.set_xlabel("predicted class", fontsize=MEDIUM)
     axes.set_ylabel("true class", fontsize=MEDIUM)
     axes.tick_params(length=0)
@@ -337,7 +331,7 @@ def plot_confusion_matrix(targets, predictions, classes, note=""):
 def _figure(width, height, title, note):
     """An empty figure of this size in inches, with its title, that a notebook can show."""
     # pyplot would keep the figure alive, open a window in a script, and show it twice in a
-    # notebook. Without pyplot, IPython shows a figure through this method only.
+    # notebook. Without pyplot, IPython shows a figure through _repr_png_ only.
     figure = Figure((width, height), dpi=150, layout="compressed")
     figure._repr_png_ = partial(_png, figure)
     figure.get_layout_engine().set(h_pad=0.07)
@@ -353,10 +347,23 @@ def _png(figure):
     return buffer.getvalue()
 
 
-def _plain(text):
-    r"""The text with `\$` for `$`, because matplotlib would set the text between two dollars as a
-    formula."""
-    return str(text).replace("$", r"\$")
+def _width(text, size):
+    """The width in inches of a text's longest line in this font size."""
+    font = FontProperties(size=size)
+    lines = str(text).split("\n")
+    return max(text_to_path.get_text_width_height_descent(line, font, False)[0] for line in lines) / 72
+
+
+def _plain(text, inches=99, size=SMALL):
+    r"""The text with `\$` for `$`, because matplotlib would set the text between two dollars as a formula.
+
+    If it is wider than `inches` in this font size, its middle is left out.
+    """
+    short = text = str(text)
+    while len(short) > 3 and _width(short, size) > inches:
+        half = len(short) * 9 // 20  # of nine tenths, so that a long text takes few steps
+        short = f"{text[:half]}…{text[len(text) - half + 1 :]}"
+    return short.replace("$", r"\$")
 
 
 def _label(axes, across, up):
@@ -369,10 +376,7 @@ def _label(axes, across, up):
 
 
 def _draw_rows(rows, labels, columns, title, note, column_titles=()):
-    """A figure of rows of images, with a label at the left of each.
-
-    `column_titles` are two: one for the first column, which is set apart, and one for the others.
-    """
+    """Rows of images, labels at the left; the first of two column titles sets its column apart."""
     # One picture of all images: an axes for each image would take seconds to lay out.
     height, width = (size + 2 for size in rows[0].shape[1:3])
     gap = width // 3 if column_titles else 0  # after the first column
@@ -381,14 +385,16 @@ def _draw_rows(rows, labels, columns, title, note, column_titles=()):
         for j, image in enumerate(row):
             left = j * width + gap * (j > 0)
             sheet[i * height : (i + 1) * height - 2, left : left + width - 2] = image
-    cell = min(0.8, 7.6 / columns)  # inches
-    across = 0.25 + 0.07 * max(len(label) for label in labels) + cell * sheet.shape[1] / width
+    labels = [_plain(label, 2.5, MEDIUM) for label in labels]
+    longest = 0.07 * max(map(len, labels))  # inches, about
+    cell = min(0.8, 7.6 / columns, (8.75 - longest) / columns, 13 / len(rows))
+    across = 0.25 + longest + cell * sheet.shape[1] / width
     down = (0.65 if column_titles else 0.45) + cell * sheet.shape[0] / width
     figure = _figure(max(5, across), down, title, note)
     axes = figure.subplots(subplot_kw={"xticks": [], "frameon": False})
     axes.imshow(sheet, interpolation="nearest")
     middles = np.arange(len(rows)) * height + height / 2 - 1.5
-    axes.set_yticks(middles, [_plain(label) for label in labels], fontsize=MEDIUM)
+    axes.set_yticks(middles, labels, fontsize=MEDIUM)
     axes.tick_params(length=0)
     centers = width / 2 - 1.5, (width + gap + sheet.shape[1]) / 2
     for column_title, center in zip(column_titles, centers):
@@ -415,3 +421,11 @@ def _indices(name, values, length, classes):
         found = f"{values.min()} to {values.max()}"
         raise ValueError(f"{name}: expected 0 to {classes - 1}, found {found}: pass the name of every class")
     return values.astype(np.int64)
+
+
+def _within(name, values, top, advice):
+    """Raises ValueError unless there are values, all of them numbers from 0 to top."""
+    values = np.asarray(values, dtype=float)
+    if not (values.size and 0 <= values.min() <= values.max() <= top):
+        found = f"{values.min():g} to {values.max():g}" if values.size else "none"
+        raise ValueError(f"{name}: expected numbers in [0, {top}], found {found}: {advice}")

@@ -127,6 +127,76 @@ def test_confusion_matrix_without_mistakes():
     assert "100.00 % of 2 images" in plot_confusion_matrix([0, 1], [0, 1], CLASSES).get_suptitle()
 
 
+def test_confusion_matrix_of_a_hundred_classes_names_the_worst_pairs_and_is_quick():
+    targets = np.arange(10_000) % 100
+    predictions = targets.copy()
+    predictions[3:1500:100] = 5  # 15 images
+    predictions[6:700:100] = 1
+    figure = plot_confusion_matrix(targets, predictions, [f"class {i}" for i in range(100)])
+    axes = figure.axes[0]
+    assert len(axes.texts) == 1  # a text in each of 10,000 cells would take half a minute
+    assert axes.texts[0].get_text().splitlines()[1:] == ["15  class 3 as class 5", "7  class 6 as class 1"]
+    assert {"0", "20", "80"} <= set(words(figure))
+    counts = axes.images[0].get_array()
+    assert counts[3, 5] == 15 and counts[6, 1] == 7 and counts.mask.diagonal().all()
+
+
+def test_confusion_matrix_of_a_million_images_has_numbers_only_if_they_have_room():
+    targets = np.repeat(np.arange(12), 100_000)
+    assert len(plot_confusion_matrix(targets, targets, "abcdefghijkl").axes[0].texts) == 1
+    assert len(plot_confusion_matrix(targets[::1000], targets[::1000], "abcdefghijkl").axes[0].texts) > 144
+
+
+def test_samples_of_a_hundred_classes_fit_a_page():
+    images, names = plain(RED, 100), [f"class {i}" for i in range(100)]
+    figure = plot_samples(images, np.arange(100), names)
+    assert "40 of 100 classes" in figure.get_suptitle()
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert len(labels) == 40 and labels[0] == "class 0" and labels[-1] == "class 99"
+    assert figure.get_size_inches()[1] < 15
+
+
+LONG = (
+    "German shorthaired pointer",
+    "BRITTANY SPANIEL IN CAPITALS",
+    "robin, American robin, Turdus migratorius",
+)
+
+
+DAMAGE = {"mild": 80.0, "much stronger": 50.0, "strongest of all": 9.5}
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        lambda: plot_misclassified(plain(RED, 9), [0, 1, 2] * 3, [1, 2, 0] * 3, [0.5] * 9, LONG),
+        lambda: plot_predictions(plain(RED, 6), LONG * 2, [[(name, 0.9) for name in LONG]] * 6),
+        lambda: plot_robustness(90.0, {f"{name} {i}": DAMAGE for i in (1, 2) for name in LONG}),
+        lambda: plot_samples(plain(RED), [0], [name * 3 for name in LONG]),
+    ],
+)
+def test_long_names_do_not_overlap(figure):
+    figure = figure()
+    pixels(figure)
+    texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    boxes = [text.get_window_extent().padded(-1) for text in texts]
+    assert all(box.count_overlaps(boxes) == 1 for box in boxes)  # itself
+    assert figure.get_size_inches()[0] <= 9.3 and figure.axes[0].get_window_extent().width > 100
+
+
+def test_names_of_misclassified_images_are_whole_up_to_three_inches():
+    figure = plot_misclassified(plain(RED, 9), [0] * 9, [2] * 9, [0.5] * 9, LONG)
+    assert f"true: {LONG[0]}\npred.: {LONG[2]}\nconf.: 50.0 %" in words(figure)
+
+
+def test_long_names_leave_room_for_the_confusion_matrix():
+    figure = plot_confusion_matrix([0, 1, 2], [0, 1, 1], [name * 3 for name in LONG])
+    pixels(figure)
+    assert figure.axes[0].get_window_extent().width > 800
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names[0].startswith("German") and names[0].endswith("pointer") and "…" in names[0]
+
+
 @pytest.mark.parametrize("epochs", [1, 2, 25])
 def test_history_draws_every_epoch(epochs):
     history = [epoch(number) for number in range(1, epochs + 1)]
