@@ -44,12 +44,9 @@ def denormalize(images, mean, std):
     """
     images, mean, std = np.asarray(images), np.asarray(mean, dtype=float), np.asarray(std, dtype=float)
     if images.ndim not in (3, 4) or images.shape[-3] != 3 or images.dtype.kind != "f":
-        found = f"{images.dtype} {images.shape}"
-        raise ValueError(
-            f"images: expected float (N, 3, H, W) or (3, H, W), found {found}: pass the network's input"
-        )
-    if not 0 <= mean.min() <= mean.max() <= 1:
-        raise ValueError(f"mean: expected numbers in [0, 1], found {mean.tolist()}: divide by 255")
+        expected, found = "float (N, 3, H, W) or (3, H, W)", f"{images.dtype} {images.shape}"
+        raise ValueError(f"images: expected {expected}, found {found}: pass the network's input")
+    _within("mean", mean, 1, "divide by 255")
     if not 0 < std.min() <= std.max() <= 1:
         raise ValueError(f"std: expected numbers in [0, 1], above 0, found {std.tolist()}: divide by 255")
     if np.isnan(images).any():
@@ -221,14 +218,11 @@ def plot_reliability(bins, error, note=""):
         bins: as `calibration` returns them: at least one dict of `confidence` and `accuracy`
             (means, in [0, 1]) and `count`.
         error: the expected calibration error, in [0, 1].
-
-    Raises:
-        ValueError: there are no bins.
     """
-    if not bins:
-        raise ValueError("bins: expected at least one, found none: pass the bins of calibration()")
-    confidence = 100 * np.array([row["confidence"] for row in bins])
-    accuracy = 100 * np.array([row["accuracy"] for row in bins])
+    confidence, accuracy = (np.array([row[key] for row in bins]) for key in ("confidence", "accuracy"))
+    _within("bins", [*confidence, *accuracy], 1, "pass the bins of calibration()")
+    _within("error", error, 1, "pass the error of calibration()")
+    confidence, accuracy = 100 * confidence, 100 * accuracy
     count = np.array([row["count"] for row in bins])
     figure = _figure(9, 3.6, f"Calibration: expected error {100 * error:.1f} points", note)
     left, right = figure.subplots(1, 2)
@@ -250,16 +244,11 @@ def plot_robustness(clean, damaged, note=""):
     Args:
         clean: the accuracy on undamaged images, in percent.
         damaged: dict of kind to a dict of strength (text) to accuracy in percent, at least one of each.
-
-    Raises:
-        ValueError: there is no damage, or a kind has no strengths.
     """
-    if not all(damaged.values()):
-        raise ValueError(
-            "damaged: expected strengths of each kind, found none: pass {kind: {strength: accuracy}}"
-        )
-    title = f"Accuracy on damaged test images; dashed: {clean:.2f} % without damage"
-    figure = _figure(9, 3.2, title, note)
+    for kind, accuracies in damaged.items():
+        _within(f"damaged[{kind!r}]", list(accuracies.values()), 100, "pass percent by strength")
+    _within("clean", clean, 100, "pass percent")
+    figure = _figure(9, 3.2, f"Accuracy on damaged test images; dashed: {clean:.2f} % without damage", note)
     panels = figure.subplots(1, len(damaged), squeeze=False, sharey=True)[0]
     background = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     style = {"textcoords": "offset points", "fontsize": SMALL, "bbox": background}

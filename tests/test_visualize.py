@@ -320,8 +320,19 @@ ZEROS = np.zeros((3, 2, 2))
         ),
         (lambda: plot_misclassified(plain(RED), [0], [0.9], [0.5], CLASSES), "predictions: .*1 int.*float64"),
         (lambda: plot_confusion_matrix([0, 1], [0], CLASSES), "predictions: expected 2 integers"),
-        (lambda: plot_reliability([], 0.0), "bins: expected at least one"),
-        (lambda: plot_robustness(90.0, {"blur": {}}), "damaged: expected strengths"),
+        (lambda: plot_misclassified([], [0], [1], [0.5], CLASSES), r"images: expected uint8.* \(0,\)"),
+        (lambda: plot_predictions(plain(RED), ["a"], [[("b", 97.3)]]), r"answers: .*\[0, 1\], found 97\.3"),
+        (lambda: plot_predictions(plain(RED), ["a"], [[("b", 1)]], plain(RED)[..., 0]), "heat: .* 255"),
+        (lambda: plot_predictions(plain(RED), ["a"], [[("b", 1)]], plain(RED) / 255), "cannot reshape"),
+        (lambda: plot_reliability([], 0.0), "bins: .* found none"),
+        (
+            lambda: plot_reliability([{"confidence": 95, "accuracy": 90, "count": 1}], 0.05),
+            "bins: .* 90 to 95",
+        ),
+        (lambda: plot_reliability([{"confidence": 1, "accuracy": 1, "count": 1}], 4.2), "error: .* 4.2"),
+        (lambda: plot_robustness(90.0, {"blur": {}}), r"damaged\['blur'\]: .* found none"),
+        (lambda: plot_robustness(90.0, {"blur": {"1": 9000.0}}), r"damaged\['blur'\]: .*\[0, 100\].* 9000"),
+        (lambda: plot_robustness(9000.0, {"blur": {"1": 90.0}}), r"clean: .*\[0, 100\], found 9000"),
     ],
 )
 def test_wrong_input_is_named_in_one_line(call, message):
