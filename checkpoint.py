@@ -370,8 +370,8 @@ def write_csv(rows: list[dict], path: str | Path) -> None:
 
 
 def save_weights(model: nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
-    """Write the state dict and the metadata as safetensors."""
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    """Write the state dict and the metadata as safetensors; a tensor with two names is written twice."""
+    state = {name: tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
     write_file(path, save(state, metadata))
 
 

@@ -24,10 +24,12 @@ class WeightAverage:
                 part.p = 0.0
         self.averages, self.currents = [], []
         self.counters = []  # pairs of counts: how many batches a batch norm has seen
-        for average, current in zip(self.module.state_dict().values(), model.state_dict().values()):
+        tensors = [part.state_dict(keep_vars=True).values() for part in (self.module, model)]
+        pairs = {id(current): (average, current) for average, current in zip(*tensors)}
+        for average, current in pairs.values():  # once each, even if a tensor has two names
             if average.is_floating_point():
-                self.averages.append(average)
-                self.currents.append(current)
+                self.averages.append(average.detach())
+                self.currents.append(current.detach())
             else:
                 self.counters.append((average, current))
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
@@ -448,6 +449,15 @@ def test_a_crafted_file_is_refused_and_its_code_does_not_run(tmp_path):
     with pytest.raises(SafetensorError):
         Net.from_pretrained(tmp_path / "net.pt")
     assert not ran.exists()
+
+
+def test_weights_with_two_names_come_back(tmp_path):
+    first, second = (nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(2))
+    for model in (first, second):
+        model[1].weight = model[0].weight
+    save_weights(first, tmp_path / "tied.safetensors", {})
+    second.load_state_dict(load_file(tmp_path / "tied.safetensors"))
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters()))
 
 
 def test_weights_come_back_and_another_network_s_are_refused_by_their_keys(tmp_path):

@@ -215,6 +215,22 @@ def test_average_without_decay_is_the_model():
     assert (model[1].p, average.module[1].p) == (0.5, 0)
 
 
+def test_average_of_weights_with_two_names_moves_once_a_step():
+    norm = nn.BatchNorm1d(2)
+    model = nn.Sequential(nn.Linear(2, 2), norm, nn.Linear(2, 2), norm)
+    model[2].weight = model[0].weight
+    average = WeightAverage(model, 0.5)
+    average.update()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), norm.running_mean):
+            tensor.add_(11.0)
+    average.update()  # at step 1 the decay is 2 / 11
+    names = "0.weight", "2.weight", "1.running_mean", "3.running_mean", "2.bias"
+    before, moved = model.state_dict(), average.weights()
+    for name in names:
+        torch.testing.assert_close(moved[name], before[name] - 2)
+
+
 def test_average_names_weights_that_are_not_finite():
     average = WeightAverage(nn.Linear(2, 2), 0.5)
     average.check_finite()
