@@ -211,6 +211,9 @@ def load_checkpoint(path: str | Path) -> dict | None:
 def read_checkpoint(file: Path) -> dict:
     """The state in one file. ValueError, or another error of the parsers, if it is damaged or another's."""
     with zipfile.ZipFile(file) as archive:  # torch.load does not check the checksums
+        size, limit = sum(part.file_size for part in archive.infolist()), file.stat().st_size
+        if size > limit:  # torch compresses nothing
+            raise ValueError(f"{limit:,} bytes that unpack to {size:,}")
         damaged = archive.testzip()
     if damaged:
         raise ValueError(f"{damaged} is damaged")

@@ -7,7 +7,9 @@ import random
 import re
 import signal
 import threading
+import tracemalloc
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -449,6 +451,25 @@ def test_a_crafted_file_is_refused_and_its_code_does_not_run(tmp_path):
     with pytest.raises(SafetensorError):
         Net.from_pretrained(tmp_path / "net.pt")
     assert not ran.exists()
+
+
+def test_a_file_that_unpacks_to_more_than_its_size_is_refused_before_it_is_read(tmp_path):
+    interrupted_in(3, tmp_path)
+    (tmp_path / "net.previous.pt").unlink()
+    state = load_checkpoint(tmp_path / "net.pt")
+    state["bomb"] = torch.zeros(10_000_000)
+    torch.save(state, tmp_path / "whole.pt")
+    with zipfile.ZipFile(tmp_path / "whole.pt") as old:
+        with zipfile.ZipFile(tmp_path / "net.pt", "w", zipfile.ZIP_DEFLATED) as new:
+            for name in old.namelist():
+                new.writestr(name, old.read(name))
+    assert (tmp_path / "net.pt").stat().st_size < 100_000
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"net\.pt \([\d,]+ bytes that unpack to 40,\d{3},\d{3}\)"):
+        load_checkpoint(tmp_path / "net.pt")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 def test_weights_with_two_names_come_back(tmp_path):
