@@ -77,6 +77,9 @@ def forward(network: Network, images: torch.Tensor) -> torch.Tensor:
     """Logits (B, classes) in float32, or float64 from a float64 network; computed in mixed precision."""
     with autocast(images.device):
         logits = network(images.contiguous(memory_format=torch.channels_last))
+    if not isinstance(logits, torch.Tensor):
+        found = type(logits).__name__
+        raise TypeError(f"expected a model that returns logits (B, classes), found {found}: pick its tensor")
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

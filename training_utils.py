@@ -1,9 +1,11 @@
 """Train an image classifier for an epoch (`train`), test it (`test`), or do both for a whole run (`fit`).
 
 Nothing here knows the data set or the network. A loader is any iterable with a length that yields
-(images, targets). A third part of a batch, a teacher's probabilities, is learnt in place of the
-targets. Losses and accuracies are exact over all samples, whatever the batch sizes. They are
-summed on the device, so that the processor waits for it only when the progress bar is redrawn.
+(images, targets). Images are floats (B, C, H, W). Targets are classes (B,), or probabilities
+(B, classes), as MixUp makes them: then the most probable class counts as right. A third part of a
+batch, a teacher's probabilities, is learnt in place of the targets. Losses and accuracies are exact
+over all samples, whatever the batch sizes. They are summed on the device, so that the processor
+waits for it only when the progress bar is redrawn.
 """
 
 import sys
@@ -19,6 +21,7 @@ from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from checkpoint import Run, describe, parts_of_loader
+from checks import EMPTY, check_arguments, check_optimizer, check_targets, tensors_of
 from hardware import (
     GraphedStep,
     Network,
@@ -43,7 +46,6 @@ from processes import (
 from weight_average import WeightAverage
 
 REDRAW = 0.5  # seconds between two states of a progress bar
-EMPTY = "found an empty loader: too few images?"
 
 
 def fit(
@@ -98,14 +100,17 @@ def fit(
         (training and test).
 
     Raises:
-        ValueError: arguments out of range, an empty loader, processes that were given different
-            runs, or no good checkpoint among damaged ones. Nothing is overwritten then.
-        TypeError: an optimizer or a scheduler whose state could be written but not read back.
+        ValueError: arguments out of range, an empty loader, an optimizer of another model, a
+            scheduler of another optimizer, processes that were given different runs,
+            or no good checkpoint among damaged ones. Nothing is overwritten then.
+        TypeError: an optimizer or a scheduler whose `step` needs an argument, or whose state could
+            be written but not read back; batches or logits of other kinds.
         OSError: the folder of a file cannot be made.
         FloatingPointError: a loss or a weight became NaN or infinite. Such weights are never saved.
         KeyboardInterrupt: Ctrl-C in the first epoch, or in one of several processes.
     """
     check_arguments(epochs, ema_decay, train_loader, test_loader, statistics)
+    check_optimizer(model, optimizer, scheduler, epochs * len(train_loader))
     prepare(model)
     average = WeightAverage(model, ema_decay)
     seed = from_rank_0(torch.initial_seed())
@@ -167,15 +172,7 @@ def fit(
     return finished[0]
 
 
-def check_arguments(epochs: int, ema_decay: float, *loaders: Iterable | None) -> None:
-    if epochs < 1 or not 0 <= ema_decay < 1:
-        raise ValueError(f"expected epochs >= 1 and 0 <= ema_decay < 1, found {epochs} and {ema_decay}")
-    for loader in loaders:
-        if loader is not None and not len(loader):
-            raise ValueError(f"expected at least one batch from each loader, {EMPTY}")
-
-
-def prepare(model: nn.Module) -> None:
+def prepare(model: nn.Module) -> torch.device:
     """Make the model ready to train fast here: mode, memory layout, and rank 0's weights in every process."""
     if next(model.parameters()).device.type == "cpu":
         keep_freed_memory()
@@ -253,9 +250,9 @@ def build_steps(
     if several and on_gpu:
         network = synchronize_batch_norm(model)  # torch.compile may not take it
     elif compile:
-        network = compiled(model, next(iter(train_loader))[0].to(device))
+        network = compiled(model, tensors_of(next(iter(train_loader)), device)[0])
         if not on_gpu:  # on a GPU a test is too short to earn the compiler's time back
-            images = next(iter(test_loader))[0].to(device)
+            images = tensors_of(next(iter(test_loader)), device)[0]
             with evaluation_mode(average):
                 tested = compiled(average, split_for_cache(images)[0])
     step = gradient_step(model, optimizer, network)
@@ -278,7 +275,9 @@ def gradient_step(
         images: torch.Tensor, targets: torch.Tensor, soft_targets: torch.Tensor | None = None
     ) -> torch.Tensor:
         logits = forward(network or model, images)
-        loss = F.cross_entropy(logits, targets if soft_targets is None else soft_targets)
+        learnt = targets if soft_targets is None else soft_targets
+        check_targets(logits, learnt)
+        loss = F.cross_entropy(logits, learnt)
         optimizer.zero_grad()
         loss.backward()
         average_over_processes(p.grad for p in model.parameters() if p.grad is not None)
@@ -309,8 +308,11 @@ def train(
 
     Raises:
         FloatingPointError: the loss is NaN or infinite. At once on a CPU, within half a second on a GPU.
-        ValueError: the loader is empty.
+        ValueError: the loader is empty, the optimizer is of another model, or shapes do not fit.
+        TypeError: batches that are no tuples of tensors, or hold integer images; a model that
+            returns no tensor; an optimizer or a scheduler whose `step` needs an argument.
     """
+    check_optimizer(model, optimizer, scheduler)
     device = next(model.parameters()).device
     step = step or gradient_step(model, optimizer)
     model.train()
@@ -319,7 +321,7 @@ def train(
     redraw_at = time.monotonic()
     with progress(loader, desc="Train") as bar:
         for batch_id, batch in enumerate(bar):
-            images, targets, *answers = (part.to(device, non_blocking=True) for part in batch)
+            images, targets, *answers = tensors_of(batch, device, 3)
             rates.append(optimizer.param_groups[0]["lr"])
             logits = step(images, targets, *answers)
             if scheduler is not None:
@@ -347,14 +349,15 @@ def test(model: nn.Module, loader: Iterable, *, network: Network | None = None) 
     `network` computes the same as the model in evaluation mode, faster: see `compiled`.
 
     Raises:
-        ValueError: the loader is empty.
+        ValueError: the loader is empty, or shapes do not fit.
+        TypeError: batches that are no tuples of tensors, or hold integer images; a model that
+            returns no tensor.
     """
     device = next(model.parameters()).device
     totals = Totals(device)
     with evaluation_mode(model):
-        for images, targets, *_ in progress(loader, desc="Test", leave=False, delay=2):
-            images = images.to(device, non_blocking=True)
-            targets = targets.to(device, non_blocking=True)
+        for batch in progress(loader, desc="Test", leave=False, delay=2):
+            images, targets = tensors_of(batch, device)
             logits = [forward(network or model, part) for part in split_for_cache(images)]
             totals.add(torch.cat(logits), targets)
     totals.sum_over_processes()
@@ -375,8 +378,10 @@ class Totals:
 
     @torch.no_grad()
     def add(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        check_targets(logits, targets)
         self.loss += F.cross_entropy(logits, targets, reduction="sum")
-        self.correct += (logits.argmax(1) == targets).sum()
+        classes = targets.argmax(1) if targets.ndim == 2 else targets
+        self.correct += (logits.argmax(1) == classes).sum()
         self.finite_steps += (self.finite_steps == self.steps) & self.loss.isfinite()
         self.samples += len(targets)
         self.steps += 1
