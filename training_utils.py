@@ -139,7 +139,7 @@ def fit(
     try:
         for epoch in range(len(history) + 1, epochs + 1):
             print(f"Epoch {epoch}")
-            start, learning_rate = time.perf_counter(), optimizer.param_groups[0]["lr"]
+            start, learning_rate = time.perf_counter(), float(optimizer.param_groups[0]["lr"])
             start_epoch(train_loader, epoch, seed)
             try:
                 train_loss, train_accuracy = train(
@@ -322,7 +322,7 @@ def train(
     with progress(loader, desc="Train") as bar:
         for batch_id, batch in enumerate(bar):
             images, targets, *answers = tensors_of(batch, device, 3)
-            rates.append(optimizer.param_groups[0]["lr"])
+            rates.append(optimizer.param_groups[0]["lr"] + 0)  # a copy, because it may be a tensor
             logits = step(images, targets, *answers)
             if scheduler is not None:
                 scheduler.step()

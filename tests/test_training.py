@@ -185,6 +185,16 @@ def test_a_bad_loss_stops_training_at_once_on_a_cpu():
     assert len(list(batches)) == 2
 
 
+def test_a_bad_loss_names_the_learning_rate_of_its_step_even_if_it_is_a_tensor():
+    images, targets, _ = uneven_batches()
+    model = Scores()
+    optimizer = sgd(model, torch.tensor(0.1))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    batches = [(images, targets), (images * torch.nan, targets)]
+    with pytest.raises(FloatingPointError, match=r"in step 2 of 2 at learning rate 0\.05:"):
+        train(model, batches, optimizer, scheduler)
+
+
 # ---------------------------------------------------------------- the moving average
 
 
