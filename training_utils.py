@@ -17,7 +17,6 @@ import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from checkpoint import Run, describe, parts_of_loader
@@ -68,9 +67,12 @@ def fit(
     """Train for `epochs` epochs and test after each; returns the history, one dict an epoch.
 
     The model ends up with the weights that were tested last. It is made channels-last and left in
-    training mode. `set_epoch(epoch)` is called before each epoch on the loader, its samplers and
-    its data set, if they have it. Ctrl-C, or a notebook's stop button, ends the run and keeps the
-    epochs that are finished. The test results decide nothing.
+    training mode. A model in evaluation mode is trained as a whole. In one in training mode,
+    modules in evaluation mode stay so, which freezes batch norms. The scheduler is stepped after
+    every batch, so its lengths count batches, not epochs. `set_epoch(epoch)` is called before
+    each epoch on the loader, its samplers and its data set, if they have it. Ctrl-C, or a
+    notebook's stop button, ends the run and keeps the epochs that are finished. The test results
+    decide nothing.
 
     Under torchrun (see processes.py) each process trains on its share of every batch. Rank 0
     alone writes files and calls `on_epoch`. Ctrl-C ends such a run at once.
@@ -82,7 +84,7 @@ def fit(
             forgets its first steps, too. 0: no average.
         statistics: a loader of training images without augmentation, the classes mixed in each
             batch. Before each test the batch norms' statistics are computed from these, because
-            augmented images have others (`torch.optim.swa_utils.update_bn`).
+            augmented images have others.
         compile: use torch.compile. It takes up to a minute, which a long run earns back.
         history_file: a CSV file for the history, written after every epoch.
         checkpoint: a file that holds the whole run after its last epoch; see checkpoint.py. If the disk is
@@ -174,10 +176,17 @@ def fit(
 
 def prepare(model: nn.Module) -> torch.device:
     """Make the model ready to train fast here: mode, memory layout, and rank 0's weights in every process."""
-    if next(model.parameters()).device.type == "cpu":
+    device = next(model.parameters()).device
+    if device.type == "cpu":
         keep_freed_memory()
-    model.train().to(memory_format=torch.channels_last)
+    training_mode(model).to(memory_format=torch.channels_last)
     share_weights(model)
+    return device
+
+
+def training_mode(model: nn.Module) -> nn.Module:
+    """The model in training mode. If it is already, frozen modules stay in evaluation mode."""
+    return model if model.training else model.train()
 
 
 def complete_recipe(
@@ -217,8 +226,9 @@ def finish_norms(model: nn.Module, average: WeightAverage, statistics: Iterable 
     if statistics is not None:
         device = next(model.parameters()).device
         with autocast(device):
-            update_bn(statistics, average.module, device)
-    average_over_processes([*model.buffers(), *average.module.buffers()])
+            average.measure_norms(tensors_of(batch, device)[0] for batch in statistics)
+    running = [part for net in (model, average.module) for part in net.modules() if part.training]
+    average_over_processes(buffer for part in running for buffer in part.buffers(recurse=False))
     average.copy_counters()
 
 
@@ -300,7 +310,7 @@ def train(
 
     Each sample counts with the prediction that the model had when it saw it. The loss is against
     the targets, even if a teacher's answers are learnt, so that it compares with the loss of
-    `test`. The scheduler is stepped after every batch.
+    `test`. The scheduler is stepped after every batch. Modes are as in `fit`.
 
     Args:
         step: a `gradient_step`; by default one of this model and optimizer.
@@ -315,7 +325,7 @@ def train(
     check_optimizer(model, optimizer, scheduler)
     device = next(model.parameters()).device
     step = step or gradient_step(model, optimizer)
-    model.train()
+    training_mode(model)
     totals = Totals(device)
     rates = []
     redraw_at = time.monotonic()

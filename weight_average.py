@@ -1,9 +1,15 @@
 """The moving average of a model's weights, which `fit` tests and keeps. Needs torch and nothing else."""
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import nn
+
+
+def is_running_norm(module: nn.Module) -> bool:
+    """Whether it is a batch norm that learns statistics: one in evaluation mode is frozen."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
 
 
 class WeightAverage:
@@ -19,7 +25,7 @@ class WeightAverage:
         self.updates = 0
         self.module = copy.deepcopy(model)
         for part in self.module.modules():
-            # update_bn puts the module into training mode, in which nothing may be dropped.
+            # measure_norms runs the module in training mode, in which nothing may be dropped.
             if isinstance(part, nn.modules.dropout._DropoutNd):
                 part.p = 0.0
         self.averages, self.currents = [], []
@@ -41,6 +47,21 @@ class WeightAverage:
             decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.averages, self.currents, 1 - decay)
         self.updates += 1
+
+    @torch.no_grad()
+    def measure_norms(self, batches: Iterable[torch.Tensor]) -> None:
+        """Compute the batch norms' statistics from these images; frozen ones keep theirs.
+
+        As `torch.optim.swa_utils.update_bn`, which thaws frozen batch norms.
+        """
+        momenta = {norm: norm.momentum for norm in self.module.modules() if is_running_norm(norm)}
+        for norm in momenta:
+            norm.reset_running_stats()
+            norm.momentum = None  # every image counts the same
+        for images in batches if momenta else ():
+            self.module(images)
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
 
     def copy_counters(self) -> None:
         """Take over how many batches the batch norms have seen."""

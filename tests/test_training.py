@@ -168,6 +168,40 @@ def test_train_turns_the_model_to_training_mode():
     assert model[0].num_batches_tracked == 1
 
 
+def with_two_norms():
+    norms = nn.BatchNorm2d(1), nn.BatchNorm2d(1)
+    return nn.Sequential(*norms, nn.Dropout(0.5), Scores())
+
+
+@pytest.mark.parametrize("function", ["train", "fit", "fit with statistics"])
+def test_a_frozen_batch_norm_stays_frozen(function):
+    _, _, batches = uneven_batches()
+    batches = batches[:2]
+    model = with_two_norms()
+    frozen, running = model[:2]
+    frozen.eval()
+    frozen.running_mean.fill_(0.7)
+    before = {name: tensor.clone() for name, tensor in frozen.state_dict().items() if "run" in name}
+    if function == "train":
+        train(model, batches, sgd(model, 0.0))
+    else:
+        statistics = batches if "statistics" in function else None
+        fit(model, batches, batches, sgd(model, 0.0), epochs=2, ema_decay=0.9, statistics=statistics)
+    assert all(torch.equal(frozen.state_dict()[name], tensor) for name, tensor in before.items())
+    assert [module.training for module in (model, *model)] == [True, False, True, True, True]
+    assert running.running_mean != 0
+    assert running.num_batches_tracked == (2 if function == "train" else 4)
+    assert frozen.num_batches_tracked == 0
+
+
+def test_a_model_in_evaluation_mode_is_trained_as_a_whole():
+    _, _, batches = uneven_batches()
+    model = with_two_norms().eval()  # as a pretrained one comes
+    fit(model, batches[:1], batches, sgd(model), epochs=1)
+    assert all(module.training for module in model.modules())
+    assert [norm.num_batches_tracked.item() for norm in model[:2]] == [1, 1]
+
+
 def test_a_bad_loss_stops_training_at_once_on_a_cpu():
     images, targets, _ = uneven_batches()
     batches = iter([(images, targets), (images * torch.nan, targets), (images, targets), (images, targets)])
