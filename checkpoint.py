@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from safetensors.torch import save
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import ConcatDataset
 
 KEYS = {"recipe", "model", "average", "optimizer", "random", "history"}
+# Keys of a recipe that another processor, or another number of processes, may make different.
+START = ("starting weights", "start of the optimizer", "loaders")
 
 
 @dataclass
@@ -36,9 +37,10 @@ class Run:
 
     Args:
         recipe: texts that tell this run from others. A checkpoint of another recipe is not resumed.
-        parts: whatever has a state_dict, by name.
+        parts: whatever has a state_dict, by name, or None; model and average among them.
         loaders: whose own random generators are saved, too.
         checkpoint, history_file: where to write, or None. Their folders are made.
+        processor: its name. On another one, the start of a run may have been computed differently.
     """
 
     recipe: dict[str, str]
@@ -46,27 +48,47 @@ class Run:
     loaders: list[Iterable | None]
     checkpoint: str | Path | None
     history_file: str | Path | None
+    processor: str
+    precision: torch.dtype | None = None
     epochs_on_disk: int = 0
 
     def __post_init__(self):
+        self.parts = {name: part for name, part in self.parts.items() if part is not None}
         self.checkpoint = with_folder(self.checkpoint)
         self.history_file = with_folder(self.history_file)
 
     def find(self, resume: bool) -> dict | None:
-        """The checkpoint's state if it is of this very run, else None; prints what there is, and why not."""
-        if self.checkpoint is None:
-            return None
-        state = load_checkpoint(self.checkpoint) if resume else None
-        change = difference(state["recipe"], self.recipe) if state else None
+        """The checkpoint's state if it is of this very run, else None.
+
+        Prints what there is, and why it is not resumed. The files of another run are renamed.
+        """
+        state = load_checkpoint(self.checkpoint) if resume and self.checkpoint is not None else None
+        change = self.change_since(state) if state else None
         if state and not change:
             self.announce(state)
+            self.recipe, self.processor = state["recipe"], state["processor"]  # those of its start
             return state
-        reason = f"is of another run ({change})" if change else "is not resumed, as asked"
-        files = [file for file in (self.checkpoint, previous(self.checkpoint)) if is_stored(file)]
+        reason = "is of an earlier run" if resume else "is not resumed, as asked"
+        if change:
+            reason = f"is of another run ({change})"
+        files = [self.checkpoint, self.checkpoint and previous(self.checkpoint), self.history_file]
+        files = [file for file in files if file is not None and is_stored(file)]
         if files:
             names = " and ".join(str(set_aside(file)) for file in files)
-            print(f"{self.checkpoint} {reason}: kept as {names}, starting with epoch 1")
+            print(f"{files[0]} {reason}: kept as {names}, starting with epoch 1")
         return None
+
+    def change_since(self, state: dict) -> str | None:
+        """What makes this another run than the checkpoint's, as a text; None if nothing does."""
+        average = state["average"]
+        weights = {name: tensor.cpu() for name, tensor in self.parts["model"].state_dict().items()}
+        # `fit` leaves the model with these weights. Called with it again, the run continues.
+        same_model = weights.keys() == average.keys()
+        same_model = same_model and all(torch.equal(weights[name], average[name]) for name in weights)
+        recipe = state["recipe"]
+        if same_model or state.get("processor") != self.processor:
+            return difference(recipe, self.recipe | {key: recipe[key] for key in START if key in recipe})
+        return difference(recipe, self.recipe)
 
     def announce(self, state: dict) -> None:
         """Print the epochs that are finished."""
@@ -80,6 +102,8 @@ class Run:
         if len(history) == epochs:
             print("Nothing is left to train. To train again: resume=False")
         else:
+            if state["processor"] != self.processor:
+                print(f"It was begun on {state['processor']}: on {self.processor} the last bits will differ")
             print(f"Continuing at learning rate {state['optimizer']['param_groups'][0]['lr']:.4g}")
 
     def restore(self, state: dict) -> None:
@@ -96,6 +120,7 @@ class Run:
                 state = {name: part.state_dict() for name, part in self.parts.items()}
                 state["recipe"] = self.recipe
                 state["random"] = random_state(self.loaders)
+                state["processor"], state["precision"] = self.processor, self.precision
                 state["history"] = history
                 save_checkpoint(state, self.checkpoint)
                 self.epochs_on_disk = len(history)
@@ -110,6 +135,8 @@ class Run:
         if self.history_file is None or not history:
             return
         try:
+            if self.history_file.exists() and not is_beginning(self.history_file, history):
+                print(f"{self.history_file} is of another run: kept as {set_aside(self.history_file)}")
             write_csv(history, self.history_file)
         except OSError as error:
             message = f"{self.history_file} could not be written ({error}): the run continues"
@@ -134,45 +161,6 @@ def difference(old: dict[str, str], new: dict[str, str]) -> str | None:
             start = max(0, len(os.path.commonprefix([before, after])) - 30)
             return f"{key} was {before[start : start + 60]}, is {after[start : start + 60]}"
     return None
-
-
-def describe(optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None) -> dict[str, object]:
-    """All options of optimizer and scheduler, except those that training changes.
-
-    The functions of a `LambdaLR` are not among its options: name them in the recipe of `fit`.
-    """
-    description = {"optimizer": type(optimizer).__name__}
-    for i, group in enumerate(optimizer.param_groups):
-        changing = {"params"}
-        if "initial_lr" in group:
-            changing.add("lr")
-        if "max_momentum" in group:
-            changing |= {"momentum", "betas"}
-        trained = sum(p.numel() for p in group["params"] if p.requires_grad)
-        options = {key: value for key, value in group.items() if key not in changing}
-        description[f"parameters {i}"] = {"trained": trained, **options}
-    settings = schedule_settings(scheduler.state_dict()) if scheduler is not None else {}
-    text = re.sub(" at 0x[0-9a-f]+", "", str(settings))  # functions are printed with their address
-    return description | {"schedule": f"{type(scheduler).__name__} {text}"}
-
-
-COUNTERS = {
-    "last_epoch",
-    "_step_count",
-    "_last_lr",
-    "_get_lr_called_within_step",
-    "_is_initial",
-    "T_cur",
-    "T_i",
-}
-
-
-def schedule_settings(state: dict) -> dict:
-    """A scheduler's state without what its steps change, also inside a `SequentialLR`."""
-    settings = {key: value for key, value in state.items() if key not in COUNTERS}
-    if "_schedulers" in settings:
-        settings["_schedulers"] = [schedule_settings(part) for part in settings["_schedulers"]]
-    return settings
 
 
 # ---------------------------------------------------------------- reading and writing checkpoints
@@ -361,6 +349,15 @@ def stream_at(path: str | Path) -> str | Path | int | None:
             if os.path.samestat(status, os.fstat(output)):
                 return output
     return None if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode) else path
+
+
+def is_beginning(path: Path, rows: list[dict]) -> bool:
+    """Whether the rows of a CSV file are these, as far as both go."""
+    with open(path, newline="", errors="replace") as file:
+        found = list(csv.DictReader(file))
+    expected = [{key: str(value) for key, value in row.items()} for row in rows]
+    both = min(len(found), len(rows))
+    return found[:both] == expected[:both]
 
 
 def write_csv(rows: list[dict], path: str | Path) -> None:

@@ -3,12 +3,13 @@
 import contextlib
 import copy
 import ctypes
-import functools
 import logging
+import platform
 import sys
 import time
 import timeit
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import distributed, nn
@@ -20,18 +21,29 @@ StepFunction = Callable[..., torch.Tensor]  # learns from a batch (images, targe
 # ---------------------------------------------------------------- precision
 
 
-@functools.cache
+PRECISIONS: dict[str, torch.dtype] = {}  # of each type of device, chosen once
+
+
 def precision(device: torch.device) -> torch.dtype:
-    """bfloat16 if the hardware is faster with it, else float32.
+    """bfloat16 if the hardware is faster with it, else float32. A resumed run keeps its own.
 
     A GPU is judged by its generation. A CPU is measured, because some list the bfloat16
     instructions and run them no faster than float32.
     """
-    if device.type == "cuda":
-        capable = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        capable = cpu_is_fast_in_bfloat16()
-    return torch.bfloat16 if capable else torch.float32
+    if device.type not in PRECISIONS:
+        if device.type == "cuda":
+            capable = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            capable = cpu_is_fast_in_bfloat16()
+        PRECISIONS[device.type] = torch.bfloat16 if capable else torch.float32
+    return PRECISIONS[device.type]
+
+
+def keep_precision(device: torch.device, earlier: torch.dtype | None) -> torch.dtype:
+    """The precision of this device, from now on the one of an earlier run if one is given."""
+    if earlier is not None:
+        PRECISIONS[device.type] = earlier
+    return precision(device)
 
 
 def cpu_is_fast_in_bfloat16() -> bool:
@@ -55,6 +67,20 @@ def cpu_is_fast_in_bfloat16() -> bool:
     if distributed.is_initialized():
         distributed.broadcast(faster, 0)
     return bool(faster)
+
+
+def processor(device: torch.device) -> str:
+    """The model of the processor, and the number of processes: on others a run rounds differently."""
+    processes = distributed.get_world_size() if distributed.is_initialized() else 1
+    return f"{processes} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_model()}"
+
+
+def cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def describe_processor(device: torch.device) -> str:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from checkpoint import Run, describe, parts_of_loader
+from checkpoint import Run, parts_of_loader
 from checks import EMPTY, check_arguments, check_optimizer, check_targets, tensors_of
 from hardware import (
     GraphedStep,
@@ -31,8 +31,11 @@ from hardware import (
     evaluation_mode,
     forward,
     keep_freed_memory,
+    keep_precision,
+    processor,
     split_for_cache,
 )
+from identity import complete_recipe
 from processes import (
     average_over_processes,
     check_same,
@@ -89,11 +92,12 @@ def fit(
         history_file: a CSV file for the history, written after every epoch.
         checkpoint: a file that holds the whole run after its last epoch; see checkpoint.py. If the disk is
             full, the run warns, continues and tries again after the next epoch.
-        resume: continue from the checkpoint, bit for bit on the same processor. A finished run is
-            loaded. A checkpoint of another run, or any checkpoint if this is False, is kept under
-            another name.
-        recipe: what else tells this run from others: seed, data, augmentation. Compared as text.
-            A key that `fit` adds itself takes precedence.
+        resume: continue from the checkpoint, bit for bit on the same processor and in the same
+            precision on any. The model must be as at the start, made from the same seed, or as
+            `fit` left it. A finished run is loaded. Checkpoint and history of another run, or any
+            if this is False, are kept under other names.
+        recipe: what else tells this run from others: data, augmentation. Compared as text. `fit`
+            adds its other arguments and the starting weights. Its keys take precedence.
         on_epoch: called with each row of the history, for TensorBoard, say.
 
     Returns:
@@ -112,22 +116,24 @@ def fit(
         KeyboardInterrupt: Ctrl-C in the first epoch, or in one of several processes.
     """
     check_arguments(epochs, ema_decay, train_loader, test_loader, statistics)
-    check_optimizer(model, optimizer, scheduler, epochs * len(train_loader))
-    prepare(model)
+    steps = len(train_loader)
+    check_optimizer(model, optimizer, scheduler, epochs * steps)
+    device = prepare(model)
     average = WeightAverage(model, ema_decay)
     seed = from_rank_0(torch.initial_seed())
-    steps = len(train_loader)
-    recipe = complete_recipe(recipe, epochs, steps, statistics, ema_decay, model, optimizer, scheduler)
+    loaders = [train_loader, test_loader, statistics]
+    numbers = {"epochs": epochs, "ema_decay": ema_decay, "seed": seed}
+    recipe = complete_recipe(recipe, model, optimizer, scheduler, loaders, **numbers)
+    recipe["loaders"] = from_rank_0(recipe["loaders"])  # shares of a test may differ by a batch
     check_same(recipe)
-    parts = {"model": model, "average": average.module, "optimizer": optimizer}
-    if scheduler is not None:
-        parts["scheduler"] = scheduler
-    run = Run(recipe, parts, [train_loader, statistics], checkpoint, history_file)
+    parts = {"model": model, "average": average.module, "optimizer": optimizer, "scheduler": scheduler}
+    run = Run(recipe, parts, [train_loader, statistics], checkpoint, history_file, processor(device))
 
     saved = from_rank_0(run.find(resume) if rank() == 0 else None)
     history = saved["history"] if saved else []
+    run.precision = keep_precision(device, saved and saved["precision"])
     if len(history) < epochs:
-        print(f"Training on {describe_processor(next(model.parameters()).device)}, channels-last")
+        print(f"Training on {describe_processor(device)}, channels-last")
     compile = compile and len(history) < epochs
     step, tested = build_steps(model, average.module, optimizer, train_loader, test_loader, compile)
     if saved:  # only now, because building the steps draws random numbers
@@ -152,15 +158,9 @@ def fit(
                 average.check_finite()
             except FloatingPointError as error:
                 raise FloatingPointError(f"epoch {epoch}: {error}; {run.last_good()}") from None
-            row = {
-                "epoch": epoch,
-                "train_loss": train_loss,
-                "train_accuracy": train_accuracy,
-                "test_loss": test_loss,
-                "test_accuracy": test_accuracy,
-                "learning_rate": learning_rate,
-                "seconds": time.perf_counter() - start,
-            }
+            row = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy}
+            row |= {"test_loss": test_loss, "test_accuracy": test_accuracy}
+            row |= {"learning_rate": learning_rate, "seconds": time.perf_counter() - start}
             history = [*history, row]
             if rank() == 0:
                 run.save(history)
@@ -187,29 +187,6 @@ def prepare(model: nn.Module) -> torch.device:
 def training_mode(model: nn.Module) -> nn.Module:
     """The model in training mode. If it is already, frozen modules stay in evaluation mode."""
     return model if model.training else model.train()
-
-
-def complete_recipe(
-    recipe: dict[str, object] | None,
-    epochs: int,
-    steps: int,
-    statistics: Iterable | None,
-    ema_decay: float,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler | None,
-) -> dict[str, str]:
-    """All that tells this run from others, as texts."""
-    complete = {
-        **(recipe or {}),
-        "epochs": epochs,
-        "steps an epoch": steps,
-        "statistics": "running" if statistics is None else "from images without augmentation",
-        "decay of the average": ema_decay,
-        "model": model,
-        **describe(optimizer, scheduler),
-    }
-    return {key: " ".join(str(value).split()) for key, value in complete.items()}
 
 
 def start_epoch(loader: Iterable, epoch: int, seed: int) -> None:

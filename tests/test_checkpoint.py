@@ -18,11 +18,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR
 
 import checkpoint
+import hardware
 import training_utils
-from checkpoint import describe, difference, load_checkpoint, previous, save_checkpoint, save_weights
+from checkpoint import difference, load_checkpoint, previous, save_checkpoint, save_weights
 from dataset import ASSETS
 from model import Net
 from training_utils import fit
@@ -67,6 +68,8 @@ def run(
     dropout=0.5,
     frozen=0,
     ema_decay=0.9,
+    start=0.0,
+    learning_rate=0.1,
     **options,
 ):
     """Train in a folder, with dropout, momentum, an average and a schedule.
@@ -78,7 +81,8 @@ def run(
     torch.manual_seed(seed)
     layers = nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(dropout), nn.Linear(16, 3)
     model = nn.Sequential(nn.Flatten(), *layers)
-    optimizer = torch.optim.SGD(list(model.parameters())[frozen:], lr=0.1, momentum=momentum)
+    model[1].weight.data += start
+    optimizer = torch.optim.SGD(list(model.parameters())[frozen:], lr=learning_rate, momentum=momentum)
     files = {"checkpoint": folder / "net.pt", "history_file": folder / "history.csv"}
     recipe = {"seed": seed, "augmentation": "flip " * 30 + "crop"}
     history = fit(
@@ -332,20 +336,22 @@ def test_a_state_that_could_not_be_read_back_is_refused_at_the_first_epoch(tmp_p
         ({"momentum": 0.8}, "'momentum': 0.9"),
         ({"frozen": 4}, "'trained': 355"),
         ({"dropout": 0.4}, "Dropout(p=0.5"),
+        ({"start": 0.1}, "starting weights was "),
         ({"resume": False}, "is not resumed, as asked"),
     ],
 )
 def test_another_run_is_named_kept_and_not_mixed(change, reason, tmp_path, capsys):
     interrupted_in(3, tmp_path)
-    files = tmp_path / "net.pt", previous(tmp_path / "net.pt")
+    files = tmp_path / "net.pt", previous(tmp_path / "net.pt"), tmp_path / "history.csv"
     before = [file.read_bytes() for file in files]
     apart = {name: value for name, value in change.items() if name != "resume"}
     expected = run(tmp_path / "apart", **apart)
     capsys.readouterr()
     assert same(run(tmp_path, **change), expected)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if reason in line]
-    assert re.search(r"net\.2\S+\.pt and \S+net\.previous\.2\S+\.pt, starting with epoch 1$", line)
-    for kept, content in zip(("net.2*.pt", "net.previous.2*.pt"), before):
+    names = r"net\.2\S+\.pt and \S+net\.previous\.2\S+\.pt and \S+history\.2\S+\.csv"
+    assert re.search(f"{names}, starting with epoch 1$", line)
+    for kept, content in zip(("net.2*.pt", "net.previous.2*.pt", "history.2*.csv"), before):
         assert [path.read_bytes() for path in tmp_path.glob(kept)] == [content]
 
 
@@ -360,6 +366,103 @@ def test_fit_s_own_keys_take_precedence_in_the_recipe(change, reason, tmp_path, 
     assert reason in capsys.readouterr().out
 
 
+def test_a_checkpoint_from_before_a_key_was_added_is_kept(tmp_path, capsys):
+    interrupted_in(3, tmp_path)
+    state = load_checkpoint(tmp_path / "net.pt")
+    for key in ("starting weights", "torch's seed"):
+        del state["recipe"][key]
+    for key in ("processor", "precision"):
+        del state[key]
+    torch.save(state, tmp_path / "net.pt")
+    before = (tmp_path / "net.pt").read_bytes()
+    run(tmp_path, epochs=EPOCHS)
+    assert "is of another run (torch's seed was not given, is 0): kept as" in capsys.readouterr().out
+    assert before in [path.read_bytes() for path in tmp_path.glob("net.2*.pt")]
+
+
+def test_a_history_of_another_run_is_kept(tmp_path, whole, capsys):
+    """Without its checkpoint, and if two runs with their own checkpoints share the file."""
+    (tmp_path / "history.csv").write_bytes(b"\xff is mine")
+    interrupted_in(3, tmp_path)
+    assert re.search(
+        r"history\.csv is of an earlier run: kept as \S+history\.2\S+\.csv", capsys.readouterr().out
+    )
+    run(tmp_path, seed=1, checkpoint=tmp_path / "other.pt")
+    other = (tmp_path / "history.csv").read_bytes()
+    assert same(run(tmp_path), whole)
+    assert re.search(
+        r"history\.csv is of another run: kept as \S+history\.2\S+\.csv", capsys.readouterr().out
+    )
+    kept = [path.read_bytes() for path in tmp_path.glob("history.2*.csv")]
+    assert len(kept) == 3 and b"\xff is mine" in kept and other in kept
+
+
+def test_fit_continues_if_it_is_called_again_with_the_model_that_it_left(tmp_path, whole, capsys):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    arguments = optimizer, LambdaLR(optimizer, linear_decay)
+    options = {"epochs": EPOCHS, "ema_decay": 0.9, "checkpoint": tmp_path / "net.pt"}
+    fit(model, Batches(3, 2, press_ctrl_c), Batches(), *arguments, **options)
+    for finished in (2, EPOCHS):
+        capsys.readouterr()
+        assert len(fit(model, Batches(), Batches(), *arguments, **options)) == EPOCHS
+        assert f"net.pt holds {finished} of 5 epochs of this run" in capsys.readouterr().out
+    # A new process has the model as it was at the start.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    fit(model, Batches(), Batches(), optimizer, LambdaLR(optimizer, linear_decay), **options)
+    assert "net.pt holds 5 of 5 epochs of this run" in capsys.readouterr().out
+
+
+def test_a_resumed_run_keeps_its_precision(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hardware, "PRECISIONS", {"cpu": torch.bfloat16})
+    expected = run(tmp_path / "whole")
+    interrupted_in(3, tmp_path)
+    for _ in range(2):  # the second is finished: what comes after it has its precision, too
+        monkeypatch.setattr(hardware, "PRECISIONS", {"cpu": torch.float32})
+        capsys.readouterr()
+        assert same(run(tmp_path), expected)
+        assert hardware.PRECISIONS == {"cpu": torch.bfloat16}
+        out = capsys.readouterr().out
+        assert "in float32" not in out and "It was begun on" not in out
+
+
+def test_another_processor_is_named_and_may_have_computed_the_start_differently(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(training_utils, "processor", lambda device: "1 x fast")
+    interrupted_in(3, tmp_path)
+    monkeypatch.setattr(training_utils, "processor", lambda device: "2 x slow")
+    run(tmp_path, Batches(4, 2, press_ctrl_c), start=1e-6)
+    out = capsys.readouterr().out
+    assert "net.pt holds 2 of 5 epochs" in out
+    assert "It was begun on 1 x fast: on 2 x slow the last bits will differ\n" in out
+    _, history = run(tmp_path, start=1e-6)
+    assert "net.pt holds 3 of 5 epochs" in capsys.readouterr().out
+    assert len(history) == EPOCHS
+    run(tmp_path, seed=1)
+    assert "is of another run (seed was 0, is 1)" in capsys.readouterr().out
+
+
+def test_a_learning_rate_in_a_tensor_is_resumed(tmp_path, whole):
+    rates = [row["learning_rate"] for row in whole[1]]
+    (tmp_path / "whole").mkdir()
+    expected = run(tmp_path / "whole", learning_rate=torch.tensor(0.1))
+    interrupted = Batches(3, 2, press_ctrl_c)
+    run(tmp_path, interrupted, learning_rate=torch.tensor(0.1))
+    result = run(tmp_path, learning_rate=torch.tensor(0.1))
+    assert same(result, expected)
+    assert [row["learning_rate"] for row in result[1]] == pytest.approx(rates)
+    assert "tensor" not in (tmp_path / "history.csv").read_text()
+
+
+def test_a_callback_cannot_change_what_is_saved(tmp_path, whole):
+    assert same(run(tmp_path, on_epoch=lambda row: row.clear()), whole)
+    assert same(run(tmp_path), whole)
+
+
 def test_difference_names_the_first_key_that_differs():
     assert difference({"a": "1", "b": "2"}, {"b": "2", "a": "1"}) is None
     assert difference({"a": "1"}, {"a": "1", "b": "2"}) == "b was not given, is 2"
@@ -367,61 +470,6 @@ def test_difference_names_the_first_key_that_differs():
     assert difference({"a": "1", "b": "2"}, {"b": "3", "a": "2"}) == "b was 2, is 3"
     old, new = 50 * "-" + "x" + 50 * "o", 50 * "-" + "y" + 50 * "o"
     assert difference({"a": old}, {"a": new}) == f"a was {old[20:80]}, is {new[20:80]}"
-
-
-def weight():
-    return nn.Parameter(torch.zeros(1))
-
-
-def test_schedules_of_several_parts_are_told_apart():
-    def describe_schedule(warm_up, length):
-        optimizer = torch.optim.SGD([weight()], lr=1.0)
-        parts = [LinearLR(optimizer, 0.1, total_iters=warm_up), CosineAnnealingLR(optimizer, length)]
-        schedule = SequentialLR(optimizer, parts, [5])
-        before = describe(optimizer, schedule)
-        for _ in range(7):
-            optimizer.step()
-            schedule.step()
-        assert describe(optimizer, schedule) == before, "steps do not change it"
-        return before
-
-    assert describe_schedule(5, 10) == describe_schedule(5, 10)
-    assert describe_schedule(5, 10) != describe_schedule(5, 20)
-    assert describe_schedule(5, 10) != describe_schedule(4, 10)
-
-
-def test_a_momentum_that_cycles_is_not_part_of_the_description():
-    optimizer = torch.optim.SGD([weight()], lr=1.0, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=10)
-    before = describe(optimizer, schedule)
-    for _ in range(3):
-        optimizer.step()
-        schedule.step()
-    assert describe(optimizer, schedule) == before
-
-
-def test_without_a_schedule_the_learning_rate_is_described():
-    first, second = (describe(torch.optim.SGD([weight()], lr), None) for lr in (0.1, 0.2))
-    assert first["parameters 0"]["lr"] == 0.1
-    assert first != second
-
-
-def test_frozen_parameters_are_described():
-    first, second = weight(), weight().requires_grad_(False)
-    assert describe(torch.optim.SGD([first], 0.1), None) != describe(torch.optim.SGD([second], 0.1), None)
-
-
-def test_a_function_is_described_without_its_address():
-    class Schedule(LRScheduler):
-        def __init__(self, optimizer):
-            self.rule = lambda step: 1.0
-            super().__init__(optimizer)
-
-        def get_lr(self):
-            return [self.rule(self.last_epoch)]
-
-    first, second = (torch.optim.SGD([weight()], 0.1) for _ in range(2))
-    assert describe(first, Schedule(first)) == describe(second, Schedule(second))
 
 
 # ---------------------------------------------------------------- strangers' files

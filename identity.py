@@ -1,0 +1,131 @@
+"""Which training run it is: everything that changes its result, as texts. Needs torch and nothing else."""
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+
+def complete_recipe(
+    recipe: dict[str, object] | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler | None,
+    loaders: list[Iterable | None],
+    *,
+    epochs: int,
+    ema_decay: float,
+    seed: int,
+) -> dict[str, str]:
+    """All that tells this run from others. The loaders are those of training, test and statistics."""
+    steps = len(loaders[0])
+    evaluating = [name for name, module in model.named_modules() if not module.training]
+    start = [optimizer.state_dict(), scheduler.state_dict() if scheduler is not None else None]
+    complete = {
+        **(recipe or {}),
+        "epochs": epochs,
+        "steps an epoch": steps,
+        "statistics": "running" if loaders[2] is None else "from images without augmentation",
+        "decay of the average": ema_decay,
+        "model": model,
+        "modules in evaluation mode": evaluating,
+        **describe(optimizer, scheduler, epochs * steps),
+        "torch's seed": seed,
+        "loaders": [describe_loader(loader) for loader in loaders if loader is not None],
+        "starting weights": digest(model.state_dict()),
+        "start of the optimizer": digest(start),
+    }
+    return {key: text_of(value) for key, value in complete.items()}
+
+
+def text_of(value: object) -> str:
+    """The value in one line. Functions are printed without their address, and tensors as numbers."""
+    return " ".join(re.sub(" at 0x[0-9a-f]+", "", str(without_tensors(value))).split())
+
+
+def without_tensors(value: object) -> object:
+    """Dicts, lists and tuples with Python's numbers in place of tensors, whose text is rounded."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if type(value) is dict:
+        return {key: without_tensors(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(without_tensors(item) for item in value)
+    return value
+
+
+def digest(value: object) -> str:
+    """Sixteen hexadecimal digits of everything in nested dicts and lists, tensors to the last bit."""
+    sha = hashlib.sha256()
+
+    def add(item: object) -> None:
+        if isinstance(item, torch.Tensor):
+            sha.update(f"{item.dtype} {tuple(item.shape)}".encode())
+            sha.update(item.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(item, (dict, list, tuple)):
+            for part in item.items() if isinstance(item, dict) else item:
+                add(part)
+        else:
+            sha.update(text_of(item).encode())
+
+    add(value)
+    return sha.hexdigest()[:16]
+
+
+def describe_loader(loader: Iterable) -> str:
+    size = getattr(loader, "batch_size", None)
+    return f"{type(loader).__name__} of {len(loader)} batches" + (f" of {size}" if size else "")
+
+
+def describe(
+    optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None, steps: int = 1000
+) -> dict[str, object]:
+    """All options of optimizer and scheduler, except those that training changes in so many steps."""
+    description = {"optimizer": type(optimizer).__name__}
+    for i, group in enumerate(optimizer.param_groups):
+        changing = {"params"}
+        if scheduler is not None:
+            changing.add("lr")
+            if "max_momentum" in group:
+                changing |= {"momentum", "betas"}
+        trained = sum(p.numel() for p in group["params"] if p.requires_grad)
+        options = {key: value for key, value in group.items() if key not in changing}
+        description[f"parameters {i}"] = text_of({"trained": trained, **options})
+    settings = schedule_settings(scheduler.state_dict()) if scheduler is not None else {}
+    functions = digest(function_values(scheduler, steps))
+    return description | {"schedule": text_of(f"{type(scheduler).__name__} {settings}, values {functions}")}
+
+
+COUNTERS = {
+    "last_epoch",
+    "_step_count",
+    "_last_lr",
+    "_get_lr_called_within_step",
+    "_is_initial",
+    "T_cur",
+    "T_i",
+}
+
+
+def schedule_settings(state: dict) -> dict:
+    """A scheduler's state without what its steps change, also inside a `SequentialLR`."""
+    settings = {key: without_tensors(value) for key, value in state.items() if key not in COUNTERS}
+    if "_schedulers" in settings:
+        settings["_schedulers"] = [schedule_settings(part) for part in state["_schedulers"]]
+    return settings
+
+
+def function_values(scheduler: LRScheduler | None, steps: int) -> list[list[float]]:
+    """About a thousand values of each function of a `LambdaLR`, because its state does not hold them."""
+    values = []
+    for part in [scheduler, *getattr(scheduler, "_schedulers", [])]:
+        for function in getattr(part, "lr_lambdas", []):
+            values.append([])
+            with contextlib.suppress(Exception):  # one of several parts may end earlier
+                for step in range(1, steps + 1, max(1, steps // 1000)):
+                    values[-1].append(float(function(step)))
+    return values
