@@ -93,10 +93,11 @@ def share_weights(model: nn.Module) -> None:
             distributed.broadcast(tensor, 0)
 
 
-def check_same(recipe: dict[str, str]) -> None:
-    """Raise ValueError unless all processes were given the same run."""
+def check_same(recipe: dict[str, str], share: dict[str, str]) -> None:
+    """Raise ValueError unless all processes were given the same run, and equal shares of its images."""
     if not distributed.is_initialized():
         return
+    recipe = recipe | share
     recipes = [None] * distributed.get_world_size()
     distributed.all_gather_object(recipes, recipe)
     for key in recipe:
@@ -105,6 +106,25 @@ def check_same(recipe: dict[str, str]) -> None:
                 f"expected one run on all processes, found several by {key!r}: "
                 "give all the same data and options"
             )
+
+
+def check_share(images: int, total: float) -> None:
+    """Raise ValueError unless this process learnt from as many images as each of the others.
+
+    Their gradients count the same in the average, so that in unequal shares an image would not.
+    """
+    processes = distributed.get_world_size() if distributed.is_initialized() else 1
+    if images * processes != total:
+        raise ValueError(
+            f"expected equal shares on {processes} processes, found {images} of {total:.0f} images on one: "
+            "leave out the last few"
+        )
+
+
+def share_of(loader: Iterable) -> str:
+    """How many images of an epoch this process gets, if a sampler tells."""
+    sampler = getattr(loader, "sampler", None)
+    return str(len(sampler)) if hasattr(sampler, "__len__") else "unknown"
 
 
 def synchronize_batch_norm(model: nn.Module) -> nn.Module:

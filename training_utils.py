@@ -39,8 +39,10 @@ from identity import complete_recipe
 from processes import (
     average_over_processes,
     check_same,
+    check_share,
     from_rank_0,
     rank,
+    share_of,
     share_weights,
     sum_over_processes,
     synchronize_batch_norm,
@@ -107,8 +109,8 @@ def fit(
 
     Raises:
         ValueError: arguments out of range, an empty loader, an optimizer of another model, a
-            scheduler of another optimizer, processes that were given different runs,
-            or no good checkpoint among damaged ones. Nothing is overwritten then.
+            scheduler of another optimizer, processes that were given different runs or unequal
+            shares, or no good checkpoint among damaged ones. Nothing is overwritten then.
         TypeError: an optimizer or a scheduler whose `step` needs an argument, or whose state could
             be written but not read back; batches or logits of other kinds.
         OSError: the folder of a file cannot be made.
@@ -125,7 +127,7 @@ def fit(
     numbers = {"epochs": epochs, "ema_decay": ema_decay, "seed": seed}
     recipe = complete_recipe(recipe, model, optimizer, scheduler, loaders, **numbers)
     recipe["loaders"] = from_rank_0(recipe["loaders"])  # shares of a test may differ by a batch
-    check_same(recipe)
+    check_same(recipe, {"images of a process": share_of(train_loader)})
     parts = {"model": model, "average": average.module, "optimizer": optimizer, "scheduler": scheduler}
     run = Run(recipe, parts, [train_loader, statistics], checkpoint, history_file, processor(device))
 
@@ -295,7 +297,8 @@ def train(
 
     Raises:
         FloatingPointError: the loss is NaN or infinite. At once on a CPU, within half a second on a GPU.
-        ValueError: the loader is empty, the optimizer is of another model, or shapes do not fit.
+        ValueError: the loader is empty, the optimizer is of another model, shapes do not fit, or
+            the processes had unequal shares.
         TypeError: batches that are no tuples of tensors, or hold integer images; a model that
             returns no tensor; an optimizer or a scheduler whose `step` needs an argument.
     """
@@ -317,7 +320,9 @@ def train(
             totals.add(logits, targets)
             last = batch_id + 1 == len(loader)
             if last:
+                share = totals.samples
                 totals.sum_over_processes()
+                check_share(share, totals.samples)
             redraw = last or time.monotonic() >= redraw_at
             if redraw or device.type == "cpu":
                 totals.check_finite(len(loader), rates)

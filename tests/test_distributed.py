@@ -20,6 +20,7 @@ from torch import nn
 
 import dataset
 import hardware
+import training_utils
 from batches import BatchLoader
 from conftest import REPOSITORY
 from dataset import ASSETS, AlbumentationsCIFAR10, AlbumentationsImages, train_transform
@@ -63,6 +64,20 @@ def train_in(
     fit(net, train_loader, test_loader, optimizer, **options)
 
 
+def check_unequal_shares(rank):
+    """Known from a sampler they are refused at the start, else after the first epoch."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    images, targets = torch.zeros(10 - rank // 2, 1, 2, 2), torch.zeros(10 - rank // 2, dtype=int)
+    by_sampler = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, targets), 5)
+    with pytest.raises(ValueError, match="found several by 'images of a process'"):
+        fit(net, by_sampler, by_sampler, optimizer, epochs=1)
+    with pytest.raises(ValueError, match="expected equal shares on 3 processes, found .* of 29 images"):
+        fit(net, [(images, targets)], [(images, targets)], optimizer, epochs=1)
+    # A test counts every image once, whatever the shares.
+    training_utils.test(net, [(images, targets)] * (rank + 1))
+
+
 def history_of(folder):
     with open(folder / "history.csv") as file:
         rows = list(csv.DictReader(file))
@@ -94,6 +109,7 @@ def main(scenario, folder):
         message = "expected one run on all processes, found several by 'data'"
         with pytest.raises(ValueError, match=message):
             train("refused", data=rank)
+        check_unequal_shares(rank)
         train("plain", norm=False)
         train("whole")
     elif scenario == "fail":
@@ -131,7 +147,8 @@ def test_processes_train_as_one_and_a_broken_run_is_resumed(tmp_path, monkeypatc
     assert "Warning" not in errors
     assert not (tmp_path / "refused/net.pt").exists()
     # Rank 0 alone prints, and of all images.
-    assert printed.count("Test set: ") == printed.count("/500 (") == 2 * EPOCHS
+    assert printed.count("/57 (") == 1  # images 10, 2 x 10 and 3 x 9
+    assert printed.count("Test set: ") - 1 == printed.count("/500 (") == 2 * EPOCHS
 
     # One process has the same curve. Batch norm sees smaller batches in several, so it may differ a little.
     monkeypatch.setattr(hardware, "precision", lambda device: torch.float32)
