@@ -135,7 +135,7 @@ class Run:
         if self.history_file is None or not history:
             return
         try:
-            if self.history_file.exists() and not is_beginning(self.history_file, history):
+            if is_stored(self.history_file) and not is_beginning(self.history_file, history):
                 print(f"{self.history_file} is of another run: kept as {set_aside(self.history_file)}")
             write_csv(history, self.history_file)
         except OSError as error:

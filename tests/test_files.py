@@ -50,10 +50,13 @@ def test_a_pipe_is_written_into(tmp_path, pipe):
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
-def test_a_pipe_is_no_checkpoint_to_resume_or_to_set_aside(pipe):
-    path, _ = pipe
-    assert Run({}, {}, [], path, None).find(resume=True) is None
-    assert Run({}, {}, [], path, None).find(resume=False) is None and path.is_fifo()
+def test_a_pipe_is_no_checkpoint_or_history_to_read_or_to_set_aside(pipe):
+    path, end = pipe
+    assert Run({}, {}, [], path, None, "").find(resume=True) is None
+    run = Run({}, {}, [], path, path, "")
+    assert run.find(resume=False) is None and path.is_fifo()
+    run.complete_history([{"epoch": 1}])
+    assert os.read(end, 100) == b"epoch\r\n1\r\n"
 
 
 def test_standard_output_keeps_what_was_printed_before(capfd):
