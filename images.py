@@ -1,0 +1,144 @@
+"""Pictures in the shape that the network takes, from files, bytes, PIL images and arrays.
+
+Needs Pillow and numpy only: copied alone into another project, it works.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Formats that Pillow decodes by itself. For others, such as EPS, it would run another program.
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+
+
+def read_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int = 32) -> np.ndarray:
+    """Returns the picture as the network takes it: uint8 (size, size, 3), RGB, read-only.
+
+    Takes the central square, scaled with antialiasing (bicubic), and turned upright as its EXIF
+    says. Transparency becomes white, 16 bits lose their lower 8, and an animation gives its first
+    frame. An array that already is uint8 (size, size, 3) is returned itself.
+
+    Args:
+        source: one of
+            - the path of a PNG, JPEG, GIF, WebP, BMP, TIFF or PPM file, or its bytes
+            - a PIL image
+            - an array uint8 or uint16 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4): grey, RGB or RGBA
+        size: height and width of the result, in pixels.
+
+    Raises:
+        ValueError: `source` is no image, is damaged, or is an array of another kind. So is a file
+            of more than Image.MAX_IMAGE_PIXELS (89 million: a decompression bomb). The message
+            names the file.
+        OSError: the file is missing or cannot be opened.
+    """
+    if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape == (size, size, 3):
+        return source
+    name, image = open_image(source, size)
+    with value_error(name):
+        if 0 in image.size:
+            raise ValueError("no pixels")
+        image = eight_bits(image)
+        image = on_white(image)
+        return np.asarray(ImageOps.fit(image, (size, size)))
+
+
+def open_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int) -> tuple[str, Image.Image]:
+    """Returns a name for messages, and the image: decoded, upright, otherwise as it is stored."""
+    if isinstance(source, np.ndarray):
+        name = f"an array {source.dtype} {source.shape}"
+        with value_error(name):
+            return name, from_array(source)
+    if isinstance(source, Image.Image):
+        name = getattr(source, "filename", "") or f"a PIL image {source.mode} {source.size}"
+        with value_error(name):
+            return name, upright(source)
+    if isinstance(source, bytes):
+        name = f"{len(source)} bytes"
+        with value_error(name):
+            return name, decode(io.BytesIO(source), size)
+    if isinstance(source, (str, Path)):
+        name = str(source)
+        with open(source, "rb") as file, value_error(name):
+            return name, decode(file, size)
+    kind = type(source).__name__
+    raise ValueError(f"expected a path, bytes, a PIL image or an array, found {kind}: convert it")
+
+
+@contextlib.contextmanager
+def value_error(name: str) -> Iterator[None]:
+    """Turns every error within into a ValueError of one line that names the image."""
+    try:
+        yield
+    except UnidentifiedImageError:
+        formats = ", ".join(FORMATS)
+        raise ValueError(f"expected an image, found {name}: none of {formats}, or damaged") from None
+    except Exception as error:  # Pillow raises whatever its parsers stumble over
+        message = f"expected an image, found {name}: {error}"
+        raise ValueError(message.partition("\n")[0]) from None
+
+
+def from_array(pixels: np.ndarray) -> Image.Image:
+    """Returns an array uint8 or uint16 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) as an image of 8 bits."""
+    if pixels.dtype in ("<u2", ">u2"):
+        pixels = (pixels >> 8).astype(np.uint8)
+    channels = pixels.shape[2:]
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or channels not in ((), (1,), (3,), (4,)):
+        raise ValueError("neither uint8 nor uint16 of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
+    if channels == (1,):
+        pixels = pixels[..., 0]
+    return Image.fromarray(pixels)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Returns an upright copy of the image. The image itself stays as it is."""
+    image.load()
+    with contextlib.suppress(Exception):  # a broken EXIF breaks no picture
+        copy = ImageOps.exif_transpose(image)
+        copy.format = image.format  # `eight_bits` needs it, and a copy has none
+        return copy
+    return image
+
+
+def decode(file: io.BufferedIOBase, size: int) -> Image.Image:
+    """Returns the first frame of an image file, upright."""
+    image = Image.open(file, formats=FORMATS)
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit and image.width * image.height > limit:  # Pillow only warns up to twice as many
+        raise ValueError(f"{image.width * image.height:,} pixels, over {limit:,}: a decompression bomb?")
+    image.draft(None, (8 * size, 8 * size))  # a large JPEG is decoded at an eighth of its size, or a quarter
+    image.load()
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Returns 16-bit grey as the upper 8 bits, with its transparent value as white. Other images stay.
+
+    Raises ValueError for pixels of 32 bits.
+    """
+    # Pillow gives a PPM of 16 bits the mode of 32.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        pixels = np.asarray(image).astype(np.uint16)
+        transparent = image.info.get("transparency")
+        if transparent is not None:
+            pixels[pixels == transparent] = 65535
+        return from_array(pixels)
+    if image.mode in ("I", "F"):
+        raise ValueError("pixels of 32 bits, of unknown range")
+    return image
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Returns the image in RGB, with transparency on white."""
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
