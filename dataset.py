@@ -20,6 +20,7 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from stat import S_ISDIR
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else the import asks online for updates
 
@@ -28,11 +29,11 @@ import cv2
 import numpy as np
 import torch
 from albumentations.pytorch import ToTensorV2
-from torchvision.datasets import CIFAR10, DatasetFolder
+from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
 from cifar10 import ASSETS, check_files
-from images import SUFFIXES, read_image
+from images import pictures_in, read_image
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -167,12 +168,25 @@ def image_folder(root: str | Path, transform: A.Compose | None = None, seed: int
     """Returns the pictures of a folder as `AlbumentationsImages`, each read once by `read_image` at 32x32.
 
     `root` holds a folder for each class. The classes are the folders' names in alphabetical order.
+    Hidden folders and files (".name") are left out, and so are files with no picture's suffix.
 
     Raises:
-        FileNotFoundError: `root` holds no folders, or one without pictures.
+        FileNotFoundError: `root` holds no folders, or one without pictures, or a link to nothing.
         ValueError: a picture is no image, or is damaged. The message names the file.
     """
-    folder = DatasetFolder(root, read_image, SUFFIXES)
-    bar = tqdm(range(len(folder)), desc=f"Reading {root}", file=sys.stdout, delay=2, leave=False)
-    images = [folder[i][0] for i in bar]
-    return AlbumentationsImages(np.stack(images), folder.targets, folder.classes, transform, seed)
+    root = Path(os.path.expanduser(root))
+    visible = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
+    # stat() instead of is_dir(), because a link to nothing may have been a class.
+    folders = [path for path in visible if S_ISDIR(path.stat().st_mode)]
+    if not folders:
+        raise FileNotFoundError(f"expected a folder for each class in {root}, found none: make them")
+    files, targets = [], []
+    for target, folder in enumerate(folders):
+        pictures = pictures_in(folder)
+        if not pictures:
+            raise FileNotFoundError(f"expected pictures in {folder}, found none: add some, or remove it")
+        files += pictures
+        targets += [target] * len(pictures)
+    bar = tqdm(files, desc=f"Reading {root}", file=sys.stdout, delay=2, leave=False)
+    images = np.stack([read_image(file) for file in bar])
+    return AlbumentationsImages(images, targets, [folder.name for folder in folders], transform, seed)

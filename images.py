@@ -5,6 +5,7 @@ Needs Pillow and numpy only: copied alone into another project, it works.
 
 import contextlib
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Formats that Pillow decodes by itself. For others, such as EPS, it would run another program.
-FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+SUFFIXES = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
 
 
 def read_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int = 32) -> np.ndarray:
@@ -26,7 +27,7 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int 
 
     Args:
         source: one of
-            - the path of a PNG, JPEG, GIF, WebP, BMP, TIFF or PPM file, or its bytes
+            - the path of a PNG, JPEG, GIF, WebP, BMP, TIFF, PPM or AVIF file, or its bytes
             - a PIL image
             - an array uint8 or uint16 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4): grey, RGB or RGBA
         size: height and width of the result, in pixels.
@@ -48,6 +49,28 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int 
         return np.asarray(ImageOps.fit(image, (size, size)))
 
 
+def pictures_in(folder: str | Path, around: frozenset[Path] = frozenset()) -> list[Path]:
+    """Returns the files in a folder and its folders whose suffix names a picture, by name.
+
+    Hidden files and folders (".name") are left out. A link to nothing is in the list: reading it
+    names it. `around` are the folders that a link must not lead back to.
+
+    Raises OSError if a folder cannot be read.
+    """
+    place = Path(folder).resolve()
+    if place in around:
+        return []
+    pictures = []
+    for path in sorted(Path(folder).iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            pictures += pictures_in(path, around | {place})
+        elif not path.exists() or (path.suffix.lower() in SUFFIXES and path.is_file()):
+            pictures.append(path)
+    return pictures
+
+
 def open_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int) -> tuple[str, Image.Image]:
     """Returns a name for messages, and the image: decoded, upright, otherwise as it is stored."""
     if isinstance(source, np.ndarray):
@@ -63,8 +86,8 @@ def open_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int)
         with value_error(name):
             return name, decode(io.BytesIO(source), size)
     if isinstance(source, (str, Path)):
-        name = str(source)
-        with open(source, "rb") as file, value_error(name):
+        name = os.path.expanduser(source)
+        with open(name, "rb") as file, value_error(name):
             return name, decode(file, size)
     kind = type(source).__name__
     raise ValueError(f"expected a path, bytes, a PIL image or an array, found {kind}: convert it")

@@ -15,7 +15,8 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import behind_links, stream_at, write_file
-from dataset import CLASSES, SUFFIXES, read_image, test_transform
+from dataset import CLASSES, read_image, test_transform
+from images import FORMATS, pictures_in
 from model import Net
 from utils import predict
 
@@ -26,30 +27,33 @@ def files_in(paths: list[Path]) -> list[Path]:
     """The files in the order of `paths`. A folder stands for all pictures in it and its folders, by name."""
     files = []
     for path in paths:
-        if path.is_dir():
-            candidates = sorted(path.rglob("*"))
-            files += [file for file in candidates if file.suffix.lower() in SUFFIXES and file.is_file()]
-        else:
-            files.append(path)
+        files += pictures_in(path) if path.is_dir() else [path]
     return files
+
+
+def home_expanded(name: str) -> Path:
+    """The path with "~" expanded, as no shell does in --csv=~/out.csv."""
+    return Path(os.path.expanduser(name))
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Path]]:
     """The options and the files to predict. A wrong call exits with status 2."""
     description, epilog = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(description=description, epilog=epilog)
-    parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="PNG, JPEG, GIF, WebP, BMP, TIFF or PPM"
-    )
+    formats = ", ".join(FORMATS)
+    parser.add_argument("paths", nargs="+", type=home_expanded, metavar="FILE_OR_FOLDER", help=formats)
     ranks = range(1, len(CLASSES) + 1)
     parser.add_argument(
         "--top", type=int, default=3, metavar="K", choices=ranks, help="classes a picture (3)"
     )
     columns = "file, class1, probability1, class2, ..."
-    parser.add_argument("--csv", type=Path, metavar="OUT", help=f"write a table instead: {columns}")
+    parser.add_argument("--csv", type=home_expanded, metavar="OUT", help=f"write a table instead: {columns}")
     options = parser.parse_args(argv)
 
-    files = files_in(options.paths)
+    try:
+        files = files_in(options.paths)
+    except OSError as error:  # a folder that cannot be read
+        parser.error(str(error))
     if not files:
         parser.error(f"expected pictures, found none in {', '.join(map(str, options.paths))}")
     if options.csv:

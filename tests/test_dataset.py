@@ -6,13 +6,23 @@ import albumentations as A
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 import cifar10
 import dataset
 from batches import BatchLoader, TaughtLoader
 from cifar10 import find_cifar10
-from dataset import ASSETS, CLASSES, MEAN, STD, AlbumentationsCIFAR10, AlbumentationsImages, train_transform
+from dataset import (
+    ASSETS,
+    CLASSES,
+    MEAN,
+    STD,
+    AlbumentationsCIFAR10,
+    AlbumentationsImages,
+    image_folder,
+    train_transform,
+)
 
 
 def test_embedded_sample_is_lossless_and_balanced():
@@ -311,6 +321,38 @@ def test_root_is_the_argument_then_cifar10_root_and_home_is_expanded(tmp_path, m
         (tmp_path / name / "cifar-10-batches-py").mkdir(parents=True)
     assert find_cifar10() == tmp_path / "data"
     assert find_cifar10("~/other") == tmp_path / "other"
+
+
+def folder_of_pictures(root, *files):
+    for i, file in enumerate(files):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (i, i, i)).save(root / file, "BMP")
+
+
+def test_hidden_folders_and_files_are_no_class_and_no_picture(tmp_path):
+    files = "cat/a.bmp", "cat/b.jfif", "dog/sub/c.PNM", "dog/.sub/d.bmp", "cat/._a.bmp", ".checkpoints/e.bmp"
+    folder_of_pictures(tmp_path, *files)
+    (tmp_path / "dog/notes.txt").touch()
+    images = image_folder(str(tmp_path))
+    assert images.classes == ["cat", "dog"] and images.targets == [0, 0, 1]
+    assert images.data[:, 0, 0, 0].tolist() == [0, 1, 2]
+
+
+def test_a_class_without_pictures_and_a_link_to_nothing_are_named(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=f"expected a folder for each class in {tmp_path}, found none"
+    ):
+        image_folder(tmp_path)
+    folder_of_pictures(tmp_path, "cat/a.bmp")
+    (tmp_path / "dog").mkdir()
+    with pytest.raises(FileNotFoundError, match="expected pictures in .*dog, found none"):
+        image_folder(tmp_path)
+    (tmp_path / "dog/a.bmp").symlink_to(tmp_path / "gone.bmp")
+    with pytest.raises(FileNotFoundError, match="dog/a.bmp"):
+        image_folder(tmp_path)
+    (tmp_path / "ant").symlink_to(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="ant"):
+        image_folder(tmp_path)
 
 
 def test_test_transform_normalizes():

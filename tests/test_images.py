@@ -10,6 +10,7 @@ from PIL import Image
 
 from dataset import ASSETS, CLASSES, AlbumentationsCIFAR10, read_image, train_transform
 from dataset import test_transform as no_augmentation
+from images import pictures_in
 from model import Net
 from utils import predict
 
@@ -58,6 +59,7 @@ EXACT = {
 LOSSY = {
     "JPEG": as_file(kind="JPEG", quality=95),
     "CMYK": as_file("CMYK", "JPEG", quality=95),
+    "AVIF": as_file(kind="AVIF", quality=95),
     "turned by EXIF": encoded(Image.fromarray(PICTURE).rotate(90), "JPEG", exif=LYING, quality=95),
     "12 megapixels": encoded(Image.fromarray(PICTURE).resize((4000, 3000), 0), "JPEG"),
 }
@@ -108,6 +110,20 @@ def test_transparency_becomes_white():
     palette = Image.fromarray(PICTURE).convert("P")
     image = read_image(encoded(palette, transparency=palette.getpixel((0, 0))))
     assert (image[:, :16] == 255).all() and np.array_equal(image[:, 16:], PICTURE[:, 16:])
+
+
+def test_pictures_in_a_folder_have_any_suffix_of_their_formats_and_are_not_hidden(tmp_path, monkeypatch):
+    names = ["a.jfif", "b.JPE", "c.apng", "d.pnm", "e.avif", "sub/f.tif", "sub.png"]
+    for name in (*names, ".hidden.png", "._a.jpg", ".ipynb_checkpoints/a.png", "text.txt", "script.eps"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "sub/loop").symlink_to(tmp_path)
+    (tmp_path / "sub/gone").symlink_to(tmp_path / "nowhere")
+    found = [path.relative_to(tmp_path).as_posix() for path in pictures_in(tmp_path)]
+    assert found == [*names[:6], "sub/gone", "sub.png"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="found .*/a.jfif: none of"):
+        read_image("~/a.jfif")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (31, 33), (3000, 2)])

@@ -9,7 +9,7 @@ from PIL import Image
 
 from conftest import REPOSITORY
 from dataset import ASSETS, CLASSES, AlbumentationsCIFAR10
-from predict import files_in, main
+from predict import files_in, main, parse
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,32 @@ def test_files_keep_their_order_and_folders_are_sorted(pictures):
     files = files_in([last, pictures, last])
     assert files[0] == files[-1] == last and files[1:-1] == sorted(files[1:-1])
     assert len(files) == 22 and all(file.is_file() for file in files)
+
+
+def test_hidden_files_are_left_out_and_links_to_nothing_are_named(tmp_path, capsys):
+    for name in (".hidden.png", ".ipynb_checkpoints/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert files_in([tmp_path]) == [] and files_in([tmp_path / ".hidden.png"]) == [tmp_path / ".hidden.png"]
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    assert call(tmp_path) == 1
+    assert "gone.png" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, capsys, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("pathlib.Path.iterdir", refuse)
+    with pytest.raises(SystemExit):
+        call(tmp_path)
+    assert f"Permission denied: '{tmp_path}'" in capsys.readouterr().err
+
+
+def test_home_is_expanded(pictures, monkeypatch):
+    monkeypatch.setenv("HOME", str(pictures))
+    options, files = parse(["~/more", "--csv=~/out.csv"])
+    assert len(files) == 10 and options.csv == pictures / "out.csv"
 
 
 def test_bad_files_are_named_and_the_others_predicted(pictures, tmp_path, capsys):
