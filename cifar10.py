@@ -52,21 +52,31 @@ def find_cifar10(root: str | Path | None = None, data: str = "auto") -> Path:
     """Returns the folder to give to `AlbumentationsCIFAR10`. Downloads CIFAR-10 if it is not there yet.
 
     Args:
-        root: the folder that holds cifar-10-batches-py, or will hold it.
-            Default: the environment variable CIFAR10_ROOT, else ./data.
+        root: the folder that holds cifar-10-batches-py, or will hold it. Or that folder itself.
+            Default: the environment variable CIFAR10_ROOT, else ./data. "~" is expanded.
         data: "full" insists on all 60,000 images. "sample" takes the 2,500 that come with this
             repository. "auto" takes the full set. If it cannot be had, it prints why and takes
             the sample.
 
     Raises:
         ValueError: `data` is none of the three, or a file is damaged. It is named, and not deleted.
-        FileNotFoundError: data="full", CIFAR-10 is not in `root`, and no source delivered it.
+        FileNotFoundError: data="full", CIFAR-10 is not in `root`, and no source delivered it. Or
+            this file was copied elsewhere without the sample, and the sample is needed.
     """
     if data not in ("auto", "full", "sample"):
         raise ValueError(f"expected data 'auto', 'full' or 'sample', found {data!r}: name one of the three")
+    has_sample = (ASSETS / "cifar10_sample_train.webp").exists()
     if data == "sample":
+        if not has_sample:
+            advice = f"copy the folder {ASSETS.name} of the repository there, or take data='full'"
+            raise FileNotFoundError(f"expected the embedded sample in {ASSETS}, found none: {advice}")
         return ASSETS
-    root = Path(root or os.environ.get("CIFAR10_ROOT") or "data").expanduser()
+    root = Path(os.path.expanduser(root or os.environ.get("CIFAR10_ROOT") or "data"))
+    if not (root / CIFAR10.base_folder).exists() and (root / "data_batch_1").exists():
+        if root.name != CIFAR10.base_folder:
+            advice = f"rename it to {CIFAR10.base_folder}, and give the folder that holds it"
+            raise ValueError(f"expected a folder {CIFAR10.base_folder}, found its files in {root}: {advice}")
+        root = root.parent
     if (root / CIFAR10.base_folder).exists():
         check_files(root)
         return root
@@ -74,7 +84,7 @@ def find_cifar10(root: str | Path | None = None, data: str = "auto") -> Path:
     if not failures:
         return root
     advice = f"put the folder {CIFAR10.base_folder}, or {CIFAR10.filename}, into {root}, or set CIFAR10_ROOT"
-    if data == "full":
+    if data == "full" or not has_sample:
         reasons = "; ".join(failures)
         raise FileNotFoundError(f"expected CIFAR-10 in {root}, found none, tried {reasons}: {advice}")
     print(f"No CIFAR-10 in {root}, and no source has it: using the embedded sample. For all of it, {advice}.")
@@ -84,10 +94,14 @@ def find_cifar10(root: str | Path | None = None, data: str = "auto") -> Path:
 def check_files(root: Path) -> None:
     """Compares each file of root/cifar-10-batches-py with its published MD5.
 
-    Raises ValueError, which names the file, if one is missing or differs.
+    Raises ValueError, which names the file, if one is missing or differs. Raises
+    FileNotFoundError if there is no such folder.
     """
     files = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
     folder = root / CIFAR10.base_folder
+    if not folder.exists():
+        advice = f"find_cifar10({str(root)!r}) downloads it, and returns the folder to give"
+        raise FileNotFoundError(f"expected CIFAR-10 in {root}, found no {CIFAR10.base_folder}: {advice}")
     for name, md5 in files:
         path = folder / name
         if not check_integrity(path, md5):

@@ -29,6 +29,7 @@ import cv2
 import numpy as np
 import torch
 from albumentations.pytorch import ToTensorV2
+from PIL import Image
 from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
@@ -135,19 +136,21 @@ class AlbumentationsCIFAR10(AlbumentationsImages):
 
     Raises:
         ValueError: a file of the data set is missing or damaged. The message names it.
+        FileNotFoundError: there is no data set in `root`. `find_cifar10` downloads it.
     """
 
     def __init__(
         self, root: str | Path, train: bool = True, transform: A.Compose | None = None, seed: int = 0
     ):
-        self.is_sample = Path(root).resolve() == ASSETS
+        root = Path(os.path.expanduser(root))
+        self.is_sample = root.resolve() == ASSETS
         if self.is_sample:
             data, targets = read_sample(train)
         else:
             try:
                 dataset = CIFAR10(root, train=train)
             except RuntimeError:  # it does not say which file
-                check_files(Path(root))
+                check_files(root)
                 raise
             data, targets = dataset.data, dataset.targets
         super().__init__(data, targets, CLASSES, transform, seed)
@@ -156,7 +159,7 @@ class AlbumentationsCIFAR10(AlbumentationsImages):
 def read_sample(train: bool) -> tuple[np.ndarray, list[int]]:
     """Returns the embedded sample's images, uint8 (N, 32, 32, 3) RGB, and their N targets."""
     part = "train" if train else "test"
-    sheet = cv2.imread(str(ASSETS / f"cifar10_sample_{part}.webp"))[..., ::-1]  # from BGR to RGB
+    sheet = np.asarray(Image.open(ASSETS / f"cifar10_sample_{part}.webp").convert("RGB"))
     rows = sheet.reshape(len(sheet) // 32, 32, -1, 32, 3)  # (rows, 32, columns, 32, 3)
     data = rows.swapaxes(1, 2).reshape(-1, 32, 32, 3)
     # The sheet holds the classes one after another, with the same number of images each.

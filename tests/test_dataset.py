@@ -1,6 +1,7 @@
 """The data set, its counted randomness, its loaders, and what happens without its files."""
 
 import hashlib
+from pathlib import Path
 
 import albumentations as A
 import numpy as np
@@ -321,6 +322,44 @@ def test_root_is_the_argument_then_cifar10_root_and_home_is_expanded(tmp_path, m
         (tmp_path / name / "cifar-10-batches-py").mkdir(parents=True)
     assert find_cifar10() == tmp_path / "data"
     assert find_cifar10("~/other") == tmp_path / "other"
+
+
+def test_the_folder_of_the_files_itself_is_a_root_and_one_of_another_name_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar10, "check_files", lambda root: None)
+    monkeypatch.setattr(cifar10, "download", lambda root: pytest.fail("the files are there"))
+    for name in ("cifar-10-batches-py", "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data_batch_1").touch()
+    assert find_cifar10(tmp_path / "cifar-10-batches-py") == tmp_path
+    with pytest.raises(ValueError, match="found its files in .*mine: rename it to cifar-10-batches-py"):
+        find_cifar10(tmp_path / "mine")
+
+
+def test_a_missing_data_set_says_what_downloads_it(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=rf"found no cifar-10-batches-py: find_cifar10\('{tmp_path}'\)"
+    ):
+        AlbumentationsCIFAR10(tmp_path)
+
+
+def test_modules_copied_elsewhere_say_that_the_sample_is_missing(tmp_path, monkeypatch):
+    for module in (cifar10, dataset):
+        monkeypatch.setattr(module, "ASSETS", tmp_path / "assets")
+    monkeypatch.setattr(cifar10, "download", lambda root: ["no network"])
+    with pytest.raises(FileNotFoundError, match="expected the embedded sample in .*assets, found none: copy"):
+        find_cifar10(data="sample")
+    with pytest.raises(FileNotFoundError, match="tried no network: put the folder"):
+        find_cifar10(tmp_path)
+    with pytest.raises(FileNotFoundError, match="cifar10_sample_train.webp"):
+        AlbumentationsCIFAR10(tmp_path / "assets")
+
+
+def test_home_is_expanded_for_data_sets_and_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=f"expected CIFAR-10 in {tmp_path}/none"):
+        AlbumentationsCIFAR10(Path("~/none"))
+    with pytest.raises(FileNotFoundError, match=f"'{tmp_path}/none'"):
+        image_folder(Path("~/none"))
 
 
 def folder_of_pictures(root, *files):
