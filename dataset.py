@@ -88,6 +88,8 @@ class AlbumentationsImages(torch.utils.data.Dataset):
         classes: the names of the classes.
         transform: an `albumentations.Compose`. Without one, an image comes as it is stored.
         seed: decides the augmentations, together with the epoch (see `set_epoch`) and the index.
+
+    Raises ValueError if the images are not uint8, or if not each has one target that is among the classes.
     """
 
     def __init__(
@@ -99,8 +101,22 @@ class AlbumentationsImages(torch.utils.data.Dataset):
         seed: int = 0,
     ):
         self.data = np.ascontiguousarray(data)
-        self.targets = list(targets)
         self.classes = list(classes)
+        labels = np.asarray(targets)
+        if self.data.dtype != np.uint8:
+            raise ValueError(f"expected images uint8, found {self.data.dtype}: give pixels from 0 to 255")
+        if labels.shape != self.data.shape[:1]:
+            raise ValueError(
+                f"expected targets of shape ({len(self.data)},), one for each image, found {labels.shape}: "
+                "give the index of its class"
+            )
+        self.targets = labels.tolist()
+        others = set(self.targets) - set(range(len(self.classes)))
+        if others:
+            raise ValueError(
+                f"expected targets from 0 to {len(self.classes) - 1}, one for each class, "
+                f"found {min(others)!r}: give the index of its class"
+            )
         self.transform = transform
         self.seed = seed
         self.epoch = torch.zeros((), dtype=torch.int64)

@@ -362,6 +362,32 @@ def test_home_is_expanded_for_data_sets_and_folders(tmp_path, monkeypatch):
         image_folder(Path("~/none"))
 
 
+IMAGES = np.zeros((4, 32, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "images, targets, message",
+    [
+        (IMAGES, [0] * 5, r"expected targets of shape \(4,\), one for each image, found \(5,\)"),
+        (IMAGES, [0] * 3, r"expected targets of shape \(4,\), one for each image, found \(3,\)"),
+        (IMAGES, np.eye(4), r"expected targets of shape \(4,\), one for each image, found \(4, 4\)"),
+        (IMAGES, [0, 1, 2, 1], "expected targets from 0 to 1, one for each class, found 2"),
+        (IMAGES, [0, 1, -1, 1], "expected targets from 0 to 1, one for each class, found -1"),
+        (IMAGES, ["cat"] * 4, "expected targets from 0 to 1, one for each class, found 'cat'"),
+        (IMAGES / 255, [0] * 4, "expected images uint8, found float64"),
+    ],
+)
+def test_images_and_targets_that_do_not_fit_are_refused(images, targets, message):
+    with pytest.raises(ValueError, match=message):
+        AlbumentationsImages(images, targets, ["cat", "dog"])
+
+
+def test_targets_become_ints():
+    for targets in ([0, 1, 1, 0], np.array([0, 1, 1, 0], np.uint8), torch.tensor([0, 1, 1, 0])):
+        images = AlbumentationsImages(IMAGES, targets, ["cat", "dog"])
+        assert images.targets == [0, 1, 1, 0] and type(images[1][1]) is int
+
+
 def folder_of_pictures(root, *files):
     for i, file in enumerate(files):
         (root / file).parent.mkdir(parents=True, exist_ok=True)
