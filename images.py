@@ -10,12 +10,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # Formats that Pillow decodes by itself. For others, such as EPS, it would run another program.
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
 
 SUFFIXES = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
+
+# What turns a picture upright, by its EXIF orientation.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def read_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int = 32) -> np.ndarray:
@@ -44,8 +55,7 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int 
     with value_error(name):
         if 0 in image.size:
             raise ValueError("no pixels")
-        image = eight_bits(image)
-        image = on_white(image)
+        image = on_white(upright(eight_bits(image)))
         return np.asarray(ImageOps.fit(image, (size, size)))
 
 
@@ -72,7 +82,7 @@ def pictures_in(folder: str | Path, around: frozenset[Path] = frozenset()) -> li
 
 
 def open_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int) -> tuple[str, Image.Image]:
-    """Returns a name for messages, and the image: decoded, upright, otherwise as it is stored."""
+    """Returns a name for messages, and the image, decoded, as it is stored."""
     if isinstance(source, np.ndarray):
         name = f"an array {source.dtype} {source.shape}"
         with value_error(name):
@@ -80,7 +90,7 @@ def open_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int)
     if isinstance(source, Image.Image):
         name = getattr(source, "filename", "") or f"a PIL image {source.mode} {source.size}"
         with value_error(name):
-            return name, upright(source)
+            return name, load(source)
     if isinstance(source, bytes):
         name = f"{len(source)} bytes"
         with value_error(name):
@@ -118,26 +128,25 @@ def from_array(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Returns an upright copy of the image. The image itself stays as it is."""
-    image.load()
-    with contextlib.suppress(Exception):  # a broken EXIF breaks no picture
-        copy = ImageOps.exif_transpose(image)
-        copy.format = image.format  # `eight_bits` needs it, and a copy has none
-        return copy
-    return image
-
-
 def decode(file: io.BufferedIOBase, size: int) -> Image.Image:
-    """Returns the first frame of an image file, upright."""
+    """Returns the first frame of an image file."""
     image = Image.open(file, formats=FORMATS)
     limit = Image.MAX_IMAGE_PIXELS
     if limit and image.width * image.height > limit:  # Pillow only warns up to twice as many
         raise ValueError(f"{image.width * image.height:,} pixels, over {limit:,}: a decompression bomb?")
     image.draft(None, (8 * size, 8 * size))  # a large JPEG is decoded at an eighth of its size, or a quarter
+    return load(image)
+
+
+def load(image: Image.Image) -> Image.Image:
+    """Returns the image, decoded. Its transparent value, if it has one, is on the scale of its pixels."""
+    rawmode = image.tile[0].args if image.format == "PNG" and image.tile else None
     image.load()
-    with contextlib.suppress(Exception):
-        ImageOps.exif_transpose(image, in_place=True)
+    if rawmode in ("L;2", "L;4") and "transparency" in image.info:  # Pillow scales the pixels alone
+        image = image.copy()
+        image.info["transparency"] *= {"L;2": 85, "L;4": 17}[rawmode]
+    if rawmode == "RGB;16B" and "transparency" in image.info:
+        raise ValueError("a transparent colour of 16 bits, which Pillow misreads: save it with alpha")
     return image
 
 
@@ -152,15 +161,27 @@ def eight_bits(image: Image.Image) -> Image.Image:
         transparent = image.info.get("transparency")
         if transparent is not None:
             pixels[pixels == transparent] = 65535
-        return from_array(pixels)
+        grey = from_array(pixels)
+        grey.info = {key: value for key, value in image.info.items() if key != "transparency"}
+        return grey
     if image.mode in ("I", "F"):
         raise ValueError("pixels of 32 bits, of unknown range")
     return image
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """Returns the image, turned as its EXIF says. A broken EXIF breaks no picture."""
+    turn = None
+    with contextlib.suppress(Exception):
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if turn is None else image.transpose(turn)
+
+
 def on_white(image: Image.Image) -> Image.Image:
     """Returns the image in RGB, with transparency on white."""
-    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if image.mode == "La":  # Pillow converts it to LA alone
+        image = image.convert("LA")
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)

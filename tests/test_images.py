@@ -1,7 +1,9 @@
 """Files, bytes, PIL images and arrays through `read_image`, transforms and `predict`."""
 
 import io
+import struct
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -46,6 +48,7 @@ EXACT = {
     "palette": as_file("P"),
     "BMP": as_file(kind="BMP"),
     "TIFF": as_file(kind="TIFF"),
+    "APNG": animated("PNG"),
     "WebP": as_file(kind="WEBP", lossless=True),
     "animated GIF": animated("GIF"),
     "animated WebP": animated("WEBP", lossless=True),
@@ -90,6 +93,7 @@ GREYS = {
     "16 bits, one channel": GREY[..., None],
     "PIL image": Image.fromarray(GREY),
     "PNG": encoded(Image.fromarray(GREY)),
+    "PNG turned by EXIF": encoded(Image.fromarray(np.rot90(GREY)), exif=LYING),
     "PGM": PGM,
     "PIL image of a PGM": Image.open(io.BytesIO(PGM)),
     "8 bits": GREY_8,
@@ -105,11 +109,48 @@ def test_grey_becomes_rgb_with_its_upper_eight_bits(name):
 def test_transparency_becomes_white():
     clear = np.dstack([PICTURE, np.zeros((32, 32), np.uint8)])
     assert (read_image(clear) == 255).all() and (read_image(Image.fromarray(clear)) == 255).all()
-    grey = read_image(encoded(Image.fromarray(GREY), transparency=int(GREY[9, 9])))
-    assert (grey[9, 9] == 255).all() and np.array_equal(grey[10:, :, 0], GREY_8[10:])
+    for row in (0, 9):
+        grey = read_image(encoded(Image.fromarray(GREY), transparency=int(GREY[row, 1])))
+        assert (grey[row, 1] == 255).all() and np.array_equal(grey[row + 1 :, :, 0], GREY_8[row + 1 :])
     palette = Image.fromarray(PICTURE).convert("P")
     image = read_image(encoded(palette, transparency=palette.getpixel((0, 0))))
     assert (image[:, :16] == 255).all() and np.array_equal(image[:, 16:], PICTURE[:, 16:])
+    palette = Image.fromarray(clear).quantize(4)
+    assert (read_image(palette) == 255).all()
+    premultiplied = Image.new("LA", (32, 32), (100, 255)).convert("La")
+    assert (read_image(premultiplied) == 100).all()
+
+
+def chunk(kind, content, checksum=None):
+    """A chunk of a PNG file, by default with the right checksum."""
+    checksum = zlib.crc32(kind + content) if checksum is None else checksum
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
+def png(rows, bits, colour_type, *chunks):
+    """A PNG of 32x32 pixels that Pillow could not write, from its packed rows."""
+    header = struct.pack(">IIBBBBB", 32, 32, bits, colour_type, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    chunks = [chunk(b"IHDR", header), *chunks, chunk(b"IDAT", pixels), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize("bits, scale", [(1, 255), (2, 85), (4, 17), (8, 1)])
+def test_a_transparent_grey_is_white_at_every_depth(bits, scale):
+    levels = (np.arange(1024) % 2**bits).astype(np.uint8).reshape(32, 32)
+    rows = np.unpackbits(levels[..., None], 2)[..., 8 - bits :].reshape(32, -1)
+    file = png(map(bytes, np.packbits(rows, 1)), bits, 0, chunk(b"tRNS", b"\0\1"))
+    expected = np.where(levels == 1, 255, levels * np.uint8(scale))
+    for source in (file, Image.open(io.BytesIO(file))):
+        assert np.array_equal(read_image(source)[..., 0], expected)
+    assert source.info["transparency"] == Image.open(io.BytesIO(file)).info["transparency"]
+
+
+def test_a_transparent_colour_of_16_bits_is_refused():
+    rows = [b"\0\0\0\1\0\2" * 32] * 32
+    assert (read_image(png(rows, 16, 2)) == 0).all()
+    with pytest.raises(ValueError, match="a transparent colour of 16 bits"):
+        read_image(png(rows, 16, 2, chunk(b"tRNS", bytes(6))))
 
 
 def test_pictures_in_a_folder_have_any_suffix_of_their_formats_and_are_not_hidden(tmp_path, monkeypatch):
