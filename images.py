@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import TiffImagePlugin as tiff
 
 # Formats that Pillow decodes by itself. For others, such as EPS, it would run another program.
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
@@ -45,8 +46,9 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int 
 
     Raises:
         ValueError: `source` is no image, is damaged, or is an array of another kind. So is a file
-            of more than Image.MAX_IMAGE_PIXELS (89 million: a decompression bomb). The message
-            names the file.
+            of more than Image.MAX_IMAGE_PIXELS (89 million: a decompression bomb). So is a file
+            whose pixels Pillow would misread, such as a TIFF of signed numbers. The message names
+            the file.
         OSError: the file is missing or cannot be opened.
     """
     if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape == (size, size, 3):
@@ -153,20 +155,48 @@ def load(image: Image.Image) -> Image.Image:
 def eight_bits(image: Image.Image) -> Image.Image:
     """Returns 16-bit grey as the upper 8 bits, with its transparent value as white. Other images stay.
 
-    Raises ValueError for pixels of 32 bits.
+    Raises ValueError for pixels of 32 bits, and for a TIFF that Pillow misreads.
     """
+    tags = getattr(image, "tag_v2", None)  # of a TIFF
+    if tags:
+        check_layout(image)
     # Pillow gives a PPM of 16 bits the mode of 32.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         pixels = np.asarray(image).astype(np.uint16)
         transparent = image.info.get("transparency")
         if transparent is not None:
             pixels[pixels == transparent] = 65535
+        if tags:
+            pixels <<= 16 - tags[tiff.BITSPERSAMPLE][0]
+            if tags.get(tiff.PHOTOMETRIC_INTERPRETATION, 0) == 0:  # white is zero
+                pixels = ~pixels
         grey = from_array(pixels)
         grey.info = {key: value for key, value in image.info.items() if key != "transparency"}
         return grey
     if image.mode in ("I", "F"):
         raise ValueError("pixels of 32 bits, of unknown range")
     return image
+
+
+def check_layout(image: tiff.TiffImageFile) -> None:
+    """Raises ValueError for a TIFF of a layout that Pillow decodes without knowing it."""
+    tags = image.tag_v2
+    raw = image.info.get("compression") == "raw"
+    bits = max(tags.get(tiff.BITSPERSAMPLE, (1,)))
+    fault = None
+    if 2 in tags.get(tiff.SAMPLEFORMAT, ()):
+        fault = "of signed numbers"
+    elif tags.get(tiff.PLANAR_CONFIGURATION) == 2:
+        no_alpha = image.mode == "RGBA" and tiff.EXTRASAMPLES not in tags
+        raw_fault = raw and (bits > 8 or tags.get(tiff.FILLORDER) == 2)
+        if raw_fault or no_alpha or image.mode in ("LA", "La", "PA", "LAB"):
+            fault = f"of {image.mode} in planes of {bits} bits"
+    elif image.mode == "YCbCr" and raw and tags.get(tiff.YCBCRSUBSAMPLING) != (1, 1):
+        fault = "of subsampled colours without compression"
+    elif image.mode in ("P", "PA") and 0 < max(tags[tiff.COLORMAP]) < 256:
+        fault = "with a palette of 8 bits"
+    if fault:
+        raise ValueError(f"a TIFF {fault}, which Pillow misreads: save it as PNG")
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -40,6 +40,29 @@ def animated(kind, **options) -> bytes:
     return as_file(kind=kind, save_all=True, append_images=frames, duration=9, **options)
 
 
+def tiff(*strips, order="<", photometric=1, bits=(8,), compress=bytes, **tags):
+    """A TIFF of 32x32 pixels that Pillow could not write. Further tags are named t and their number."""
+    strips = [compress(bytes(strip)) for strip in strips]
+    lengths = [len(strip) for strip in strips]
+    offsets = [8 + sum(lengths[:i]) for i in range(len(strips))]
+    coding = 1 if compress is bytes else 8  # none, or deflate
+    values = {256: [32], 257: [32], 258: bits, 259: [coding], 262: [photometric], 273: offsets}
+    values |= {277: [len(bits)], 278: [32], 279: lengths}
+    values |= {int(name[1:]): value for name, value in tags.items()}
+    start = 8 + sum(lengths)
+    long_values, place = b"", start + 6 + 12 * len(values)
+    directory = struct.pack(order + "H", len(values))
+    for number in sorted(values):
+        numbers = struct.pack(f"{order}{len(values[number])}I", *values[number])
+        directory += struct.pack(order + "HHI", number, 4, len(values[number]))
+        directory += numbers if len(numbers) == 4 else struct.pack(order + "I", place + len(long_values))
+        long_values += numbers if len(numbers) > 4 else b""
+    head = struct.pack(order + "2sHI", b"II" if order == "<" else b"MM", 42, start)
+    return head + b"".join(strips) + directory + bytes(4) + long_values
+
+
+PLANES = [PICTURE[..., i] for i in range(3)]
+RGB_8, IN_PLANES = (8, 8, 8), {"t284": [2]}
 EXACT = {
     "array": PICTURE,
     "PIL image": Image.fromarray(PICTURE),
@@ -48,6 +71,15 @@ EXACT = {
     "palette": as_file("P"),
     "BMP": as_file(kind="BMP"),
     "TIFF": as_file(kind="TIFF"),
+    "TIFF in planes": tiff(*PLANES, photometric=2, bits=RGB_8, **IN_PLANES),
+    "TIFF in compressed planes of 16 bits": tiff(
+        *[plane.repeat(2) for plane in PLANES],
+        photometric=2,
+        bits=(16,) * 3,
+        compress=zlib.compress,
+        **IN_PLANES,
+    ),
+    "TIFF turned by EXIF": encoded(Image.fromarray(np.rot90(PICTURE)), "TIFF", exif=LYING),
     "APNG": animated("PNG"),
     "WebP": as_file(kind="WEBP", lossless=True),
     "animated GIF": animated("GIF"),
@@ -87,7 +119,15 @@ def test_nearly_the_same_picture_from_lossy_files(name):
 GREY = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
 GREY_8 = (GREY >> 8).astype(np.uint8)
 PGM = encoded(Image.fromarray(GREY), "PPM")
+GREY_12_BITS = np.unpackbits(GREY.astype(">u2").view(np.uint8)).reshape(1024, 16)[:, :12]
 GREYS = {
+    "TIFF of 12 bits": tiff(np.packbits(GREY_12_BITS).tobytes(), bits=[12]),
+    "TIFF of 16 bits": tiff(GREY.tobytes(), bits=[16]),
+    "TIFF of 16 bits, big-endian": tiff(GREY.astype(">u2").tobytes(), bits=[16], order=">"),
+    "TIFF of 16 bits, white is 0": tiff((~GREY).tobytes(), bits=[16], photometric=0),
+    "PIL image of a TIFF, white is 0": Image.open(
+        io.BytesIO(tiff((~GREY).tobytes(), bits=[16], photometric=0))
+    ),
     "16 bits": GREY,
     "16 bits, big-endian": GREY.astype(">u2"),
     "16 bits, one channel": GREY[..., None],
@@ -151,6 +191,25 @@ def test_a_transparent_colour_of_16_bits_is_refused():
     assert (read_image(png(rows, 16, 2)) == 0).all()
     with pytest.raises(ValueError, match="a transparent colour of 16 bits"):
         read_image(png(rows, 16, 2, chunk(b"tRNS", bytes(6))))
+
+
+MISREAD = {
+    "of signed numbers": tiff(bytes(1024), t339=[2]),
+    "a TIFF of signed numbers": tiff(bytes(2048), bits=[16], t339=[2]),
+    "of RGB in planes of 16": tiff(*[bytes(2048)] * 3, photometric=2, bits=(16, 16, 16), **IN_PLANES),
+    "of LA in planes": tiff(*[bytes(1024)] * 2, bits=(8, 8), compress=zlib.compress, t338=[2], **IN_PLANES),
+    "of RGBA in planes": tiff(*[bytes(1024)] * 4, photometric=2, bits=(8, 8, 8, 8), **IN_PLANES),
+    "of RGB in planes of 8": tiff(*PLANES, photometric=2, bits=RGB_8, t266=[2], **IN_PLANES),
+    "of LAB in planes": tiff(*PLANES, photometric=8, bits=RGB_8, **IN_PLANES),
+    "of subsampled colours": tiff(bytes(3072), photometric=6, bits=RGB_8),
+    "with a palette of 8 bits": tiff(bytes(1024), photometric=3, t320=[200] * 768),
+}
+
+
+@pytest.mark.parametrize("reason", MISREAD)
+def test_a_tiff_that_pillow_would_misread_is_refused(reason):
+    with pytest.raises(ValueError, match=f"expected an image, found .*{reason}"):
+        read_image(MISREAD[reason])
 
 
 def test_pictures_in_a_folder_have_any_suffix_of_their_formats_and_are_not_hidden(tmp_path, monkeypatch):
