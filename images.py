@@ -6,6 +6,7 @@ Needs Pillow and numpy only: copied alone into another project, it works.
 import contextlib
 import io
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,8 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+PNG_SIGNATURE, JPEG_SIGNATURE, START_OF_SCAN = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xda"
 
 
 def read_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int = 32) -> np.ndarray:
@@ -131,7 +134,62 @@ def from_array(pixels: np.ndarray) -> Image.Image:
 
 
 def decode(file: io.BufferedIOBase, size: int) -> Image.Image:
-    """Returns the first frame of an image file."""
+    """Returns the first frame of an image file. A PNG or JPEG may have damaged metadata."""
+    file_start = file.read(8)
+    bare = None
+    if file_start == PNG_SIGNATURE:
+        bare = bare_png(file_start + file.read())
+    file.seek(0)
+    try:
+        return open_and_load(file, size)
+    except Exception:
+        file.seek(0)
+        if file_start[:2] == JPEG_SIGNATURE:
+            bare = bare_jpeg(file.read())
+        if bare is None:
+            raise
+    return open_and_load(io.BytesIO(bare), size)
+
+
+def bare_png(png: bytes) -> bytes:
+    """Returns a PNG of those chunks that decide its pixels and turn it upright.
+
+    Raises ValueError if one that decides pixels has another checksum. Pillow ignores that of IDAT.
+    """
+    bare, start = [png[:8]], 8
+    while start < len(png):
+        end = start + 12 + int.from_bytes(png[start : start + 4])  # length, kind, content, checksum
+        chunk = png[start:end]
+        kind = chunk[4:8]
+        valid = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
+        critical = kind[:1].isupper() or kind == b"tRNS"
+        if critical and not valid and end <= len(png):
+            raise ValueError(f"a damaged PNG, with a wrong checksum in {kind.decode(errors='replace')}")
+        if critical or (kind == b"eXIf" and valid):
+            bare.append(chunk)
+        if kind == b"IEND":
+            break
+        start = end
+    return b"".join(bare)
+
+
+def bare_jpeg(jpeg: bytes) -> bytes:
+    """Returns a JPEG of what decides its pixels and turns it upright, without its other metadata."""
+    # The least length of JFIF and Adobe, which decide the colours, and of EXIF.
+    useful = {0xE0: 16, 0xEE: 14, 0xE1: 2}
+    bare, start = [jpeg[:2]], 2
+    while jpeg[start : start + 1] == b"\xff" and jpeg[start + 1 : start + 2] not in (b"", START_OF_SCAN):
+        marker, length = jpeg[start + 1], int.from_bytes(jpeg[start + 2 : start + 4])
+        end = start + 2 + length
+        metadata = 0xE0 <= marker <= 0xEF or marker == 0xFE
+        if not metadata or length >= useful.get(marker, 2**16):
+            bare.append(jpeg[start:end])
+        start = end
+    return b"".join(bare) + jpeg[start:]
+
+
+def open_and_load(file: io.BufferedIOBase, size: int) -> Image.Image:
+    """Returns the first frame of an image file, a large JPEG scaled down."""
     image = Image.open(file, formats=FORMATS)
     limit = Image.MAX_IMAGE_PIXELS
     if limit and image.width * image.height > limit:  # Pillow only warns up to twice as many

@@ -193,6 +193,74 @@ def test_a_transparent_colour_of_16_bits_is_refused():
         read_image(png(rows, 16, 2, chunk(b"tRNS", bytes(6))))
 
 
+BOMB = zlib.compress(bytes(3_000_000))
+METADATA = {
+    "large profile": chunk(b"iCCP", b"a\0\0" + BOMB),
+    "profile with a wrong checksum": chunk(b"iCCP", b"a\0\0" + zlib.compress(b"a"), 1),
+    "large text": chunk(b"zTXt", b"a\0\0" + BOMB),
+    "large international text": chunk(b"iTXt", b"a\0\1\0\0\0" + BOMB),
+    "text with a wrong checksum": chunk(b"tEXt", b"a\0b", 1),
+    "short resolution": chunk(b"pHYs", b"1"),
+    "broken EXIF": chunk(b"eXIf", b"nonsense", 1),
+    "broken animation": chunk(b"acTL", b"1"),
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_damaged_metadata_of_a_png_breaks_no_picture(name):
+    turned = encoded(Image.fromarray(PICTURE).rotate(90), exif=LYING)
+    for file, mark in (
+        (as_file(), b"IDAT"),
+        (as_file(), b"IEND"),
+        (turned, b"IDAT"),
+        (animated("PNG"), b"IDAT"),
+    ):
+        place = file.index(mark) - 4
+        broken = file[:place] + METADATA[name] + file[place:]
+        assert np.array_equal(read_image(broken), PICTURE)
+
+
+def segment(marker, content):
+    """A segment of a JPEG file."""
+    return marker + struct.pack(">H", len(content) + 2) + content
+
+
+JFIF = segment(b"\xff\xe0", b"JFIF\0\1\1\0\0\1\0\1\0\0")
+NOT_YCBCR = segment(b"\xff\xee", b"Adobe" + bytes(7))  # JFIF overrules it
+SEGMENTS = {
+    "JFIF": segment(b"\xff\xe0", b"JFIF\0"),
+    "profile": segment(b"\xff\xe2", b"ICC_PROFILE\0"),
+    "Photoshop": segment(b"\xff\xed", b"Photoshop 3.0\x008BIM\3\xed\xff"),
+    "Adobe": segment(b"\xff\xee", b"Adobe"),
+}
+
+
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_damaged_metadata_of_a_jpeg_breaks_no_picture(name):
+    start, rest = LOSSY["JPEG"].split(JFIF)
+    others = start + NOT_YCBCR + rest, start + JFIF + NOT_YCBCR + rest
+    assert not np.array_equal(*map(read_image, others))
+    for whole in (*[LOSSY[other] for other in ("JPEG", "CMYK", "turned by EXIF")], *others):
+        broken = whole[:2] + SEGMENTS[name] + whole[2:]
+        assert np.array_equal(read_image(broken), read_image(whole))
+
+
+def test_what_follows_the_pixels_of_a_png_may_be_missing_or_anything():
+    for file in (as_file()[:-14], as_file() + b"\0\0\0\0JUNKwith no checksum"):
+        assert np.array_equal(read_image(file), PICTURE)
+
+
+def test_no_wrong_bit_of_a_png_s_pixels_gives_another_picture():
+    file = as_file()
+    start = file.index(b"IDAT") + 4
+    (length,) = struct.unpack(">I", file[start - 8 : start - 4])
+    for i in range(8 * length):
+        broken = bytearray(file)
+        broken[start + i // 8] ^= 1 << i % 8
+        with pytest.raises(ValueError, match="a wrong checksum in IDAT"):
+            read_image(bytes(broken))
+
+
 MISREAD = {
     "of signed numbers": tiff(bytes(1024), t339=[2]),
     "a TIFF of signed numbers": tiff(bytes(2048), bits=[16], t339=[2]),
