@@ -6,6 +6,7 @@ Needs Pillow and numpy only: copied alone into another project, it works.
 import contextlib
 import io
 import os
+import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,8 @@ def open_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int)
     if isinstance(source, Image.Image):
         name = getattr(source, "filename", "") or f"a PIL image {source.mode} {source.size}"
         with value_error(name):
+            if getattr(source, "tile", None) and source.fp is None:
+                raise ValueError("closed before its pixels were read: call its load() first")
             return name, load(source)
     if isinstance(source, bytes):
         name = f"{len(source)} bytes"
@@ -113,11 +116,11 @@ def value_error(name: str) -> Iterator[None]:
     """Turns every error within into a ValueError of one line that names the image."""
     try:
         yield
-    except UnidentifiedImageError:
-        formats = ", ".join(FORMATS)
-        raise ValueError(f"expected an image, found {name}: none of {formats}, or damaged") from None
     except Exception as error:  # Pillow raises whatever its parsers stumble over
-        message = f"expected an image, found {name}: {error}"
+        reason = str(error) or type(error).__name__
+        if reason.startswith("decoder error"):  # and a number
+            reason = "its pixels are damaged or cut off"
+        message = f"expected an image, found {name}: {reason}"
         raise ValueError(message.partition("\n")[0]) from None
 
 
@@ -190,12 +193,30 @@ def bare_jpeg(jpeg: bytes) -> bytes:
 
 def open_and_load(file: io.BufferedIOBase, size: int) -> Image.Image:
     """Returns the first frame of an image file, a large JPEG scaled down."""
-    image = Image.open(file, formats=FORMATS)
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(why_unidentified(file)) from None
     limit = Image.MAX_IMAGE_PIXELS
     if limit and image.width * image.height > limit:  # Pillow only warns up to twice as many
         raise ValueError(f"{image.width * image.height:,} pixels, over {limit:,}: a decompression bomb?")
     image.draft(None, (8 * size, 8 * size))  # a large JPEG is decoded at an eighth of its size, or a quarter
     return load(image)
+
+
+def why_unidentified(file: io.BufferedIOBase) -> str:
+    """Returns why Pillow opens the file as none of FORMATS."""
+    file.seek(0)
+    start = file.read(16)
+    for kind in FORMATS:
+        parser, accepts = Image.OPEN[kind]
+        if accepts(start):
+            file.seek(0)
+            try:
+                parser(file, None)
+            except (SyntaxError, IndexError, TypeError, struct.error) as error:
+                return f"a {kind} of a kind that Pillow does not read, or damaged ({error})"
+    return f"none of {', '.join(FORMATS)}, or damaged"
 
 
 def load(image: Image.Image) -> Image.Image:

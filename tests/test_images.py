@@ -271,6 +271,8 @@ MISREAD = {
     "of LAB in planes": tiff(*PLANES, photometric=8, bits=RGB_8, **IN_PLANES),
     "of subsampled colours": tiff(bytes(3072), photometric=6, bits=RGB_8),
     "with a palette of 8 bits": tiff(bytes(1024), photometric=3, t320=[200] * 768),
+    "a TIFF of a kind that Pillow does not read": tiff(bytes(1280), bits=[10]),
+    "its pixels are damaged or cut off": tiff(b"no deflate", compress=lambda strip: strip),
 }
 
 
@@ -278,6 +280,17 @@ MISREAD = {
 def test_a_tiff_that_pillow_would_misread_is_refused(reason):
     with pytest.raises(ValueError, match=f"expected an image, found .*{reason}"):
         read_image(MISREAD[reason])
+
+
+def test_a_closed_picture_says_so(tmp_path):
+    (tmp_path / "closed.png").write_bytes(as_file())
+    with Image.open(tmp_path / "closed.png") as image:
+        pass
+    with pytest.raises(ValueError, match=r"closed\.png: closed before its pixels were read: call its load"):
+        read_image(image)
+    with Image.open(tmp_path / "closed.png") as image:
+        image.load()
+    assert np.array_equal(read_image(image), PICTURE)
 
 
 def test_pictures_in_a_folder_have_any_suffix_of_their_formats_and_are_not_hidden(tmp_path, monkeypatch):
