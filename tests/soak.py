@@ -237,7 +237,7 @@ def faulty_server(archive: Path) -> Iterator[tuple[str, Counter]]:
     """The server's address, and how many bytes it sent by path."""
     handler = type("Handler", (FaultyServer,), {"archive": archive.read_bytes(), "sent": Counter()})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", handler.sent
     finally:

@@ -16,20 +16,23 @@ ARCHIVE = "cifar-10-python.tar.gz"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """A small data set's folder and facts, its server's address, and the bytes that it sent by path."""
+def served(tmp_path_factory):
+    """A small data set's folder and facts."""
     folder = tmp_path_factory.mktemp("served")
-    facts = soak.small_archive(folder)
-    with soak.faulty_server(folder / ARCHIVE) as (address, sent):
-        yield folder, facts, address, sent
+    return folder, soak.small_archive(folder)
 
 
 @pytest.fixture
-def world(server, tmp_path, monkeypatch, capsys):
+def server(served):
+    """An address, and the bytes sent by path. One for all tests may still send to a killed client."""
+    with soak.faulty_server(served[0] / ARCHIVE) as server:
+        yield server
+
+
+@pytest.fixture
+def world(served, server, tmp_path, monkeypatch, capsys):
     """The data set's facts, the bytes that were sent in this test, and two functions that download."""
-    _, facts, address, sent = server
-    facts = dict(facts)
-    sent.clear()
+    facts, (address, sent) = dict(served[1]), server
     # `soak.download` changes these. After the test they come back.
     for name in ("tgz_md5", "train_list", "test_list", "meta"):
         monkeypatch.setattr(cifar10.CIFAR10, name, getattr(cifar10.CIFAR10, name))
@@ -111,9 +114,9 @@ def test_the_last_source_may_be_slow(world):
     assert "broke off" in get("trickle")[1]  # and not "too slow" before that
 
 
-def test_an_archive_in_the_folder_is_used_and_stays(server, world, tmp_path):
+def test_an_archive_in_the_folder_is_used_and_stays(served, world, tmp_path):
     _, _, get, _ = world
-    shutil.copy(server[0] / ARCHIVE, tmp_path / "root")
+    shutil.copy(served[0] / ARCHIVE, tmp_path / "root")
     assert get("404")[1] == ""
     names = {path.name for path in (tmp_path / "root").iterdir()}
     assert names == {".cifar-10.lock", "cifar-10-batches-py", ARCHIVE}
@@ -172,11 +175,11 @@ def test_a_full_disk_is_one_line_and_the_bytes_on_it_stay(world):
     assert facts["size"] - 1_000_000 <= sent["whole"] <= facts["size"] - 1_000_000 + 2**16
 
 
-def test_members_that_would_land_elsewhere_are_refused(server, world, tmp_path):
+def test_members_that_would_land_elsewhere_are_refused(served, world, tmp_path):
     facts, _, get, _ = world
     archive = tmp_path / "root" / ARCHIVE
     with tarfile.open(archive, "w:gz") as tar:
-        tar.add(server[0] / "cifar-10-batches-py", "cifar-10-batches-py")
+        tar.add(served[0] / "cifar-10-batches-py", "cifar-10-batches-py")
         tar.add(__file__, "../escaped")
     facts["tgz_md5"] = hashlib.md5(archive.read_bytes()).hexdigest()
     complete, log = get("404")
