@@ -1,4 +1,4 @@
-"""What `fit`, `train` and `test` can work with. Everything else is refused in a line. Needs torch alone."""
+"""What `fit`, `train` and `test` can work with; the rest is refused in a line. Needs torch alone."""
 
 import inspect
 from collections.abc import Iterable
@@ -13,7 +13,8 @@ EMPTY = "found an empty loader: too few images?"
 def check_arguments(epochs: int, ema_decay: float, *loaders: Iterable | None) -> None:
     """Raise ValueError if a number is out of range, or a loader empty."""
     if epochs < 1 or not 0 <= ema_decay < 1:
-        raise ValueError(f"expected epochs >= 1 and 0 <= ema_decay < 1, found {epochs} and {ema_decay}")
+        found = f"{epochs} and {ema_decay}"
+        raise ValueError(f"expected epochs >= 1 and 0 <= ema_decay < 1, found {found}")
     for loader in loaders:
         if loader is not None and not len(loader):
             raise ValueError(f"expected at least one batch from each loader, {EMPTY}")
@@ -39,15 +40,16 @@ def check_optimizer(
             "not the model's: make it after the model, and again if a layer is replaced"
         )
     if not any(p.requires_grad for p in params):
-        raise ValueError("expected an optimizer with parameters to train, found all frozen: unfreeze some")
+        raise ValueError("expected parameters to train, found all frozen: unfreeze some")
     for part in filter(None, (optimizer, scheduler)):
         _, *arguments = inspect.signature(type(part).step).parameters.values()
         needed = [a.name for a in arguments if a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD]
         if needed:
             name = type(part).__name__
-            raise TypeError(f"expected step() without arguments, found {name}, whose step needs {needed[0]}")
+            found = f"{name}, whose step needs {needed[0]}"
+            raise TypeError(f"expected step() without arguments, found {found}")
     if scheduler is not None and getattr(scheduler, "optimizer", optimizer) is not optimizer:
-        raise ValueError("expected a scheduler of this optimizer, found another's: make it of this one")
+        raise ValueError("expected a scheduler of this optimizer, found another's: make one of it")
     if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < steps:  # it raises after the last
         raise ValueError(
             f"expected a scheduler for {steps} steps, one a batch, found {scheduler.total_steps}: "
@@ -69,15 +71,16 @@ def tensors_of(batch: tuple | list, device: torch.device, count: int = 2) -> lis
     parts = batch[:count]
     kinds = ", ".join(type(part).__name__ for part in parts)
     if len(parts) < 2 or not all(isinstance(part, torch.Tensor) for part in parts):
-        raise TypeError(f"expected batches (images, targets) of tensors, found ({kinds}): convert them")
+        raise TypeError(f"expected tensors (images, targets), found ({kinds}): convert them")
     if not parts[0].is_floating_point():
         found = str(parts[0].dtype).removeprefix("torch.")
         raise TypeError(f"expected float images, found {found}: give the data set a transform")
     if any(not part.is_floating_point() for part in parts[2:]):
-        raise TypeError(f"expected probabilities as a third part, found {parts[2].dtype}: leave others out")
+        found = parts[2].dtype
+        raise TypeError(f"expected probabilities as a third part, found {found}: leave others out")
     if len({part.shape[:1] for part in parts}) > 1:
         shapes = " and ".join(str(tuple(part.shape)) for part in parts)
-        raise ValueError(f"expected a target for each image, found shapes {shapes}: give as many of both")
+        raise ValueError(f"expected a target for each image, found {shapes}: give as many of both")
     return [part.to(device, non_blocking=True) for part in parts]
 
 

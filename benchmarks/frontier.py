@@ -23,6 +23,7 @@ LEVELS = {"ResNet-20's paper": (91.25, "#009E73", "--"), "the original project":
 
 
 def plot(picture: Path) -> None:
+    """Draw all recorded runs on two CPU cores, the original recipe and two levels to compare with."""
     figure = Figure((9, 5), dpi=150, layout="constrained")
     figure.suptitle("Accuracy by minutes on two CPU cores", fontsize=13)
     axes = figure.subplots()
