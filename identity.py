@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Iterable
+from types import CodeType, FunctionType
 
 import torch
 from torch import nn
@@ -22,18 +23,17 @@ def complete_recipe(
     seed: int,
 ) -> dict[str, str]:
     """All that tells this run from others. The loaders are those of training, test and statistics."""
-    steps = len(loaders[0])
     evaluating = [name for name, module in model.named_modules() if not module.training]
     start = [optimizer.state_dict(), scheduler.state_dict() if scheduler is not None else None]
     complete = {
         **(recipe or {}),
         "epochs": epochs,
-        "steps an epoch": steps,
+        "steps an epoch": len(loaders[0]),
         "statistics": "running" if loaders[2] is None else "from images without augmentation",
         "decay of the average": ema_decay,
         "model": model,
         "modules in evaluation mode": evaluating,
-        **describe(optimizer, scheduler, epochs * steps),
+        **describe(optimizer, scheduler),
         "torch's seed": seed,
         "loaders": [describe_loader(loader) for loader in loaders if loader is not None],
         "starting weights": digest(model.state_dict()),
@@ -81,10 +81,8 @@ def describe_loader(loader: Iterable) -> str:
     return f"{type(loader).__name__} of {len(loader)} batches" + (f" of {size}" if size else "")
 
 
-def describe(
-    optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None, steps: int = 1000
-) -> dict[str, object]:
-    """All options of optimizer and scheduler, except those that training changes in so many steps."""
+def describe(optimizer: torch.optim.Optimizer, scheduler: LRScheduler | None) -> dict[str, object]:
+    """All options of optimizer and scheduler, except those that training changes."""
     description = {"optimizer": type(optimizer).__name__}
     for i, group in enumerate(optimizer.param_groups):
         changing = {"params"}
@@ -96,8 +94,10 @@ def describe(
         options = {key: value for key, value in group.items() if key not in changing}
         description[f"parameters {i}"] = text_of({"trained": trained, **options})
     settings = schedule_settings(scheduler.state_dict()) if scheduler is not None else {}
-    functions = digest(function_values(scheduler, steps))
-    return description | {"schedule": text_of(f"{type(scheduler).__name__} {settings}, values {functions}")}
+    functions = digest(codes_of_functions(scheduler))
+    return description | {
+        "schedule": text_of(f"{type(scheduler).__name__} {settings}, functions {functions}")
+    }
 
 
 COUNTERS = {
@@ -119,13 +119,29 @@ def schedule_settings(state: dict) -> dict:
     return settings
 
 
-def function_values(scheduler: LRScheduler | None, steps: int) -> list[list[float]]:
-    """About a thousand values of each function of a `LambdaLR`, because its state does not hold them."""
-    values = []
-    for part in [scheduler, *getattr(scheduler, "_schedulers", [])]:
-        for function in getattr(part, "lr_lambdas", []):
-            values.append([])
-            with contextlib.suppress(Exception):  # one of several parts may end earlier
-                for step in range(1, steps + 1, max(1, steps // 1000)):
-                    values[-1].append(float(function(step)))
-    return values
+def codes_of_functions(scheduler: LRScheduler | None) -> list[list]:
+    """The code of each function of a `LambdaLR`, because its state does not hold it.
+
+    A function is not called: it may count its calls or draw random numbers.
+    """
+    parts = [scheduler, *getattr(scheduler, "_schedulers", [])]
+    return [code_of(function, ()) for part in parts for function in getattr(part, "lr_lambdas", [])]
+
+
+def code_of(item: object, outer: tuple) -> list:
+    """A function's instructions, constants and enclosed values; the text of anything else.
+
+    `outer` are the functions that enclose this one, which may enclose itself.
+    """
+    if any(item is other for other in outer):
+        return []
+    if isinstance(item, CodeType):
+        constants = [code_of(constant, outer) for constant in item.co_consts]
+        return [item.co_code.hex(), item.co_names, constants]
+    if not isinstance(item, FunctionType):
+        return [text_of(item)]
+    enclosed = []
+    for cell in item.__closure__ or ():
+        with contextlib.suppress(ValueError):  # it is empty still
+            enclosed.append(code_of(cell.cell_contents, (*outer, item)))
+    return [code_of(item.__code__, outer), text_of(item.__defaults__), enclosed]

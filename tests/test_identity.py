@@ -149,3 +149,29 @@ def test_a_function_is_described_without_its_address():
 
     first, second = (torch.optim.SGD([weight()], 0.1) for _ in range(2))
     assert describe(first, Schedule(first)) == describe(second, Schedule(second))
+
+
+def test_a_function_of_the_schedule_is_not_called():
+    calls = []
+
+    def rate(step):
+        calls.append(step)
+        return 1.0
+
+    optimizer = torch.optim.SGD([weight()], 0.1)
+    schedule = LambdaLR(optimizer, rate)
+    describe(optimizer, schedule)
+    assert calls == [0], "the scheduler's own call"
+
+
+def test_what_a_function_encloses_is_described():
+    def decay(factor):
+        return lambda step: factor**step
+
+    def twice(rate):
+        return lambda step: 2 * rate(step)
+
+    optimizer = torch.optim.SGD([weight()], 0.1)
+    rates = decay(0.9), decay(0.8), twice(decay(0.9)), twice(decay(0.8)), decay(0.9)
+    texts = [describe(optimizer, LambdaLR(optimizer, rate))["schedule"] for rate in rates]
+    assert len(set(texts)) == 4 and texts[0] == texts[-1]
