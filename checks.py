@@ -63,7 +63,8 @@ def tensors_of(batch: tuple | list, device: torch.device, count: int = 2) -> lis
     Raises:
         TypeError: the batch is no tuple or list, a part is no tensor, or images or a teacher's
             probabilities are integers.
-        ValueError: the parts are of different numbers of images.
+        ValueError: the parts are of different numbers of images. On the CPU, where it costs no
+            wait: classes below 0, or floats that are no probabilities.
     """
     if not isinstance(batch, (tuple, list)):
         found = type(batch).__name__
@@ -81,7 +82,19 @@ def tensors_of(batch: tuple | list, device: torch.device, count: int = 2) -> lis
     if len({part.shape[:1] for part in parts}) > 1:
         shapes = " and ".join(str(tuple(part.shape)) for part in parts)
         raise ValueError(f"expected a target for each image, found {shapes}: give as many of both")
+    for part in parts[1:]:
+        if part.device.type == "cpu" and part.numel():
+            check_values(part)
     return [part.to(device, non_blocking=True) for part in parts]
+
+
+def check_values(targets: torch.Tensor) -> None:
+    """Raise ValueError if classes are below 0, or rows of floats are no probabilities."""
+    if not targets.is_floating_point():
+        if targets.min() < 0:
+            raise ValueError(f"expected classes from 0 on, found {targets.min()}: leave such images out")
+    elif targets.ndim == 2 and (targets.min() < 0 or (targets.float().sum(1) - 1).abs().max() > 0.02):
+        raise ValueError("expected probabilities, found rows of another sum or below 0: take the softmax")
 
 
 def check_targets(logits: torch.Tensor, targets: torch.Tensor) -> None:
