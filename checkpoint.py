@@ -56,6 +56,10 @@ class Run:
         self.parts = {name: part for name, part in self.parts.items() if part is not None}
         self.checkpoint = with_folder(self.checkpoint)
         self.history_file = with_folder(self.history_file)
+        if self.checkpoint is not None and self.checkpoint == self.history_file:
+            raise ValueError(
+                f"expected two files, found {self.checkpoint} for both: name another history_file"
+            )
 
     def find(self, resume: bool) -> dict | None:
         """The checkpoint's state if it is of this very run, else None.
@@ -297,6 +301,8 @@ def with_folder(path: str | Path | None) -> Path | None:
     """The path, in a folder that now exists; None for None."""
     if path is None:
         return None
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"expected a file, found the folder {path}: name a file in it")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return Path(path)
 

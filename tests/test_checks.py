@@ -176,3 +176,38 @@ def test_probabilities_are_learnt_and_their_largest_is_right(monkeypatch):
     # The gradient of the cross-entropy is softmax minus probabilities.
     assert model[1].bias.tolist() == pytest.approx([0.1 * (share - 1 / 3) for share in (0.6, 0.4, 0.0)])
     assert training_utils.test(model, [(IMAGES, soft.double())])[1] <= 100
+
+
+@pytest.mark.parametrize(
+    "targets, message",
+    [
+        (torch.tensor([0, -100, 2]), "classes from 0 on, found -100"),
+        (torch.ones(3, 3), "probabilities, found rows"),
+        (torch.tensor([[2.0, -1.0, 0.0]] * 3), "probabilities, found rows"),
+    ],
+)
+def test_targets_that_would_give_a_wrong_loss_are_refused(targets, message):
+    refused_by_all(ValueError, message, (torch.randn(3, 1, 1, 4), targets))
+
+
+def test_logits_of_a_teacher_are_refused():
+    batch = torch.randn(3, 1, 1, 4), torch.arange(3), torch.randn(3, 3)
+    model = network()
+    refused(ValueError, "probabilities, found rows", train, model, [batch], sgd(model))
+
+
+def test_a_folder_in_place_of_a_file_stays_as_it_is(tmp_path):
+    (tmp_path / "mine.txt").touch()
+    model = network()
+    for name in ("checkpoint", "history_file"):
+        for resume in (True, False):
+            options = {name: tmp_path, "epochs": 1, "resume": resume}
+            message = "a file, found the folder"
+            refused(IsADirectoryError, message, fit, model, batches(), batches(), sgd(model), **options)
+    assert (tmp_path / "mine.txt").exists()
+
+
+def test_one_file_for_checkpoint_and_history_is_refused(tmp_path):
+    model = network()
+    files = {"checkpoint": tmp_path / "a", "history_file": str(tmp_path / "a")}
+    refused(ValueError, "for both", fit, model, batches(), batches(), sgd(model), epochs=1, **files)

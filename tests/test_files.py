@@ -53,7 +53,8 @@ def test_a_pipe_is_written_into(tmp_path, pipe):
 def test_a_pipe_is_no_checkpoint_or_history_to_read_or_to_set_aside(pipe):
     path, end = pipe
     assert Run({}, {}, [], path, None, "").find(resume=True) is None
-    run = Run({}, {}, [], path, path, "")
+    assert Run({}, {}, [], path, None, "").find(resume=False) is None
+    run = Run({}, {}, [], None, path, "")
     assert run.find(resume=False) is None and path.is_fifo()
     run.complete_history([{"epoch": 1}])
     assert os.read(end, 100) == b"epoch\r\n1\r\n"
