@@ -340,7 +340,7 @@ def behind_links(path: str | Path) -> Path:
 
 
 def is_stored(path: str | Path) -> bool:
-    """Whether there is a file or a folder at `path`, not a pipe or a device: something to read or to keep."""
+    """Whether there is a file at `path`, not a pipe or a device: something to read or to keep."""
     return Path(path).exists() and stream_at(path) is None
 
 

@@ -1,4 +1,4 @@
-"""What `fit`, `train` and `test` can work with; the rest is refused in a line. Needs torch alone."""
+"""What `fit`, `train` and `test` can work with; the rest is refused in a line. Needs only torch."""
 
 import inspect
 from collections.abc import Iterable
@@ -36,21 +36,21 @@ def check_optimizer(
     strangers = sum(id(p) not in own for p in params)
     if strangers:
         raise ValueError(
-            f"expected an optimizer of the model's parameters, found {strangers} of {len(params)} that are "
-            "not the model's: make it after the model, and again if a layer is replaced"
+            f"expected an optimizer of the model's parameters, found {strangers} of {len(params)} "
+            "that are not the model's: make it after the model, and again if a layer is replaced"
         )
     if not any(p.requires_grad for p in params):
         raise ValueError("expected parameters to train, found all frozen: unfreeze some")
     for part in filter(None, (optimizer, scheduler)):
         _, *arguments = inspect.signature(type(part).step).parameters.values()
-        needed = [a.name for a in arguments if a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD]
-        if needed:
-            name = type(part).__name__
-            found = f"{name}, whose step needs {needed[0]}"
-            raise TypeError(f"expected step() without arguments, found {found}")
+        for argument in arguments:
+            if argument.default is argument.empty and argument.kind is argument.POSITIONAL_OR_KEYWORD:
+                found = f"{type(part).__name__}, whose step needs {argument.name}"
+                raise TypeError(f"expected step() without arguments, found {found}")
     if scheduler is not None and getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise ValueError("expected a scheduler of this optimizer, found another's: make one of it")
-    if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < steps:  # it raises after the last
+    # Other schedulers take any number of steps.
+    if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < steps:
         raise ValueError(
             f"expected a scheduler for {steps} steps, one a batch, found {scheduler.total_steps}: "
             "count epochs times batches"
@@ -67,8 +67,8 @@ def tensors_of(batch: tuple | list, device: torch.device, count: int = 2) -> lis
             wait: classes below 0, or floats that are no probabilities.
     """
     if not isinstance(batch, (tuple, list)):
-        found = type(batch).__name__
-        raise TypeError(f"expected batches (images, targets), found {found}: return a tuple in collate_fn")
+        found = f"{type(batch).__name__}: return a tuple in collate_fn"
+        raise TypeError(f"expected batches (images, targets), found {found}")
     parts = batch[:count]
     kinds = ", ".join(type(part).__name__ for part in parts)
     if len(parts) < 2 or not all(isinstance(part, torch.Tensor) for part in parts):
@@ -92,17 +92,20 @@ def check_values(targets: torch.Tensor) -> None:
     """Raise ValueError if classes are below 0, or rows of floats are no probabilities."""
     if not targets.is_floating_point():
         if targets.min() < 0:
-            raise ValueError(f"expected classes from 0 on, found {targets.min()}: leave such images out")
-    elif targets.ndim == 2 and (targets.min() < 0 or (targets.float().sum(1) - 1).abs().max() > 0.02):
-        raise ValueError("expected probabilities, found rows of another sum or below 0: take the softmax")
+            found = f"{targets.min()}: leave such images out"
+            raise ValueError(f"expected classes from 0 on, found {found}")
+    elif targets.ndim == 2:
+        errors = (targets.float().sum(1) - 1).abs()
+        if targets.min() < 0 or errors.max() > 0.02:
+            raise ValueError("expected probabilities, found rows that are none: take the softmax")
 
 
 def check_targets(logits: torch.Tensor, targets: torch.Tensor) -> None:
-    """Raise ValueError unless logits are (B, classes), and targets integers (B,) or probabilities alike."""
+    """Raise ValueError unless logits are (B, classes), and targets (B,) or probabilities alike."""
     expected = logits.shape if targets.is_floating_point() else logits.shape[:1]
     if logits.ndim != 2 or targets.shape != expected:
         found = f"{tuple(logits.shape)} and {targets.dtype} {tuple(targets.shape)}"
         raise ValueError(
-            "expected logits (B, classes) and targets of integers (B,) or probabilities (B, classes), "
-            f"found {found}: reshape them"
+            "expected logits (B, classes) and targets of integers (B,) "
+            f"or probabilities (B, classes), found {found}: reshape them"
         )

@@ -113,7 +113,7 @@ def fit(
             shares, or no good checkpoint among damaged ones. Nothing is overwritten then.
         TypeError: an optimizer or a scheduler whose `step` needs an argument, or whose state could
             be written but not read back; batches or logits of other kinds.
-        OSError: the folder of a file cannot be made.
+        OSError: the folder of a file cannot be made, or a folder is where a file would be.
         FloatingPointError: a loss or a weight became NaN or infinite. Such weights are never saved.
         KeyboardInterrupt: Ctrl-C in the first epoch, or in one of several processes.
     """

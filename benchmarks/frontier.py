@@ -1,10 +1,11 @@
 """Draw assets/frontier.png, accuracy by minutes, from assets/runs.csv: `python benchmarks/frontier.py`.
 
 A mark is a whole run: its accuracy in the last epoch, after as many minutes of training and testing,
-the teacher's included. The line is the original recipe with its schedule stretched over the minutes
-of the longest of them (assets/seed_history.csv).
+the teacher's included. The line is the original recipe, its schedule stretched over as many minutes
+as the earlier record took (assets/seed_history.csv).
 """
 
+import itertools
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -59,9 +60,8 @@ def plot_runs(axes: Axes, cores: str) -> None:
         if run["teacher_epochs"] == "0":
             kind += ", no teacher"
         places.setdefault(kind, []).append((minutes(run), accuracy(run)))
-    axes.scatter(
-        *zip(*sum(places.values(), [])), color=color, marker=mark, zorder=3, label=f"a run on {cores}"
-    )
+    times, scores = zip(*itertools.chain.from_iterable(places.values()))
+    axes.scatter(times, scores, color=color, marker=mark, zorder=3, label=f"a run on {cores}")
     for kind, marks in places.items():
         highest = max(accuracy for _, accuracy in marks)
         offset = {"xytext": (0, 8), "textcoords": "offset points"}

@@ -182,8 +182,8 @@ def test_probabilities_are_learnt_and_their_largest_is_right(monkeypatch):
     "targets, message",
     [
         (torch.tensor([0, -100, 2]), "classes from 0 on, found -100"),
-        (torch.ones(3, 3), "probabilities, found rows"),
-        (torch.tensor([[2.0, -1.0, 0.0]] * 3), "probabilities, found rows"),
+        (torch.ones(3, 3), "probabilities, found rows that are none"),
+        (torch.tensor([[2.0, -1.0, 0.0]] * 3), "probabilities, found rows that are none"),
     ],
 )
 def test_targets_that_would_give_a_wrong_loss_are_refused(targets, message):
@@ -193,7 +193,7 @@ def test_targets_that_would_give_a_wrong_loss_are_refused(targets, message):
 def test_logits_of_a_teacher_are_refused():
     batch = torch.randn(3, 1, 1, 4), torch.arange(3), torch.randn(3, 3)
     model = network()
-    refused(ValueError, "probabilities, found rows", train, model, [batch], sgd(model))
+    refused(ValueError, "probabilities, found rows that are none", train, model, [batch], sgd(model))
 
 
 def test_a_folder_in_place_of_a_file_stays_as_it_is(tmp_path):
