@@ -2,7 +2,7 @@
 
     python benchmarks/arms.py answers labels       train a teacher, and keep its answers under runs/arms
     python benchmarks/arms.py answers squared      the same, taught with a squared loss
-    python benchmarks/arms.py factorial 0 3 5 6    four of the eight runs, in each of which half of the changes are made
+    python benchmarks/arms.py factorial 0 3 5 6    four of eight runs, each with half of the changes
     python benchmarks/arms.py run mirrored cutmix  one run with these changes
 
 The network learns the other 40,000 training images, and no test image is used. All runs see the
@@ -45,7 +45,7 @@ FOLDER = Path(os.environ.get("ARMS", ROOT / "runs" / "arms"))
 HELD_OUT, VIEWS, EPOCHS, TEACHER_EPOCHS = 10_000, 16, 32, 20
 MIXED = [view for view in range(1, VIEWS + 1) if view % 8 in (2, 5, 7)]
 CHANGES = ("mirrored", "squared", "rates", "warm-up", "standardized", "cutmix")
-# The columns of a 2^(6-3) plan: the last three are products of two of the first three, so that run 0 changes nothing.
+# A 2^(6-3) plan: the last three columns are products of the first three. Run 0 changes nothing.
 PLAN = [(a, b, c, -a * b, -a * c, -b * c) for a in (-1, 1) for b in (-1, 1) for c in (-1, 1)]
 
 
@@ -73,7 +73,7 @@ def held_out(count: int = HELD_OUT) -> BatchLoader:
 
 
 class Pictures:
-    """The pictures of a view, plain or pasted together in pairs (CutMix: Yun et al. 2019, arXiv:1905.04899)."""
+    """The pictures of a view, plain or pasted together: CutMix, Yun et al. 2019, arXiv:1905.04899."""
 
     def __init__(self, loader: BatchLoader):
         self.loader = loader
