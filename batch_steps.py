@@ -1,12 +1,13 @@
 """How each Albumentations transform runs on a whole batch: one class for each kind. See batches.py.
 
-`draw` makes the random parameters, with Albumentations' distributions. A geometric transform turns them into
-`maps` of coordinates. Any other one packs them into `columns` of the table and uses these in `apply`.
+`draw` makes the random parameters, with Albumentations' distributions; each array has the next of the
+random `streams`. A geometric transform turns the parameters into `maps` of coordinates. Any other one
+packs them into `columns` of the table and uses these in `apply`.
 """
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks the network for its version
 
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 Size = tuple[int, int]  # height, width in pixels
 Parameters = dict[str, np.ndarray]  # of one transform: a value for each image
+Streams = Iterator[np.random.Generator]  # a new one for each array
 
 PADDING = {
     cv2.BORDER_CONSTANT: "zeros",
@@ -68,7 +70,7 @@ class Step:
         if isinstance(fill, str) or np.shape(fill) not in ((), (3,)):
             raise unbatched(f"{name} with fill of one or three numbers", repr(fill))
 
-    def draw(self, rng: np.random.Generator, count: int, size: Size) -> Parameters:
+    def draw(self, streams: Streams, count: int, size: Size) -> Parameters:
         return {}
 
     def columns(self, parameters: Parameters, applied: np.ndarray) -> np.ndarray:
@@ -140,13 +142,13 @@ class Crop(Geometric):
             raise ValueError(f"expected images of at least {wanted}, found {size}: pad before {step!r}")
         return wanted
 
-    def draw(self, rng, count, size):
+    def draw(self, streams, count, size):
         if isinstance(self.transform, A.PadIfNeeded):
             return {}
         offsets = {}
         for axis, before, after in zip("yx", size, self.output_size(size)):
             room = max(0, before - after)
-            offsets[axis] = (rng.random(count) * (room + 1)).astype(int)
+            offsets[axis] = (next(streams).random(count) * (room + 1)).astype(int)
         return offsets
 
     def maps(self, parameters, count, size):
@@ -173,23 +175,23 @@ class Warp(Geometric):
         super().__init__(transform)
         self.border = self.find_border()
 
-    def draw(self, rng, count, size):
+    def draw(self, streams, count, size):
         step = self.transform
         if isinstance(step, A.Rotate):
-            return {"rotate": rng.uniform(*step.limit, count)}
+            return {"rotate": next(streams).uniform(*step.limit, count)}
         parameters = {}
         for axis, pixels in (("x", size[1]), ("y", size[0])):
             if step.translate_px is not None:
                 low, high = map(int, step.translate_px[axis])
-                shift = rng.integers(low, high + 1, count)
+                shift = next(streams).integers(low, high + 1, count)
             else:
-                shift = (rng.uniform(*step.translate_percent[axis], count) * pixels).astype(int)
+                shift = (next(streams).uniform(*step.translate_percent[axis], count) * pixels).astype(int)
             parameters["translate_" + axis] = shift
-            parameters["shear_" + axis] = -rng.uniform(*step.shear[axis], count)
-            parameters["scale_" + axis] = rng.uniform(*step.scale[axis], count)
+            parameters["shear_" + axis] = -next(streams).uniform(*step.shear[axis], count)
+            parameters["scale_" + axis] = next(streams).uniform(*step.scale[axis], count)
         if step.keep_ratio:
             parameters["scale_y"] = parameters["scale_x"]
-        parameters["rotate"] = rng.uniform(*step.rotate, count)
+        parameters["rotate"] = next(streams).uniform(*step.rotate, count)
         return parameters
 
     def maps(self, parameters, count, size):
@@ -228,17 +230,17 @@ class Holes(Step):
         self.holes = transform.num_holes_range[1]
         self.width = 4 * self.holes
 
-    def draw(self, rng, count, size):
+    def draw(self, streams, count, size):
         step = self.transform
         low, high = step.num_holes_range
-        unused = np.arange(high) >= rng.integers(low, high + 1, count)[:, None]
+        unused = np.arange(high) >= next(streams).integers(low, high + 1, count)[:, None]
         parameters = {}
         for axis, pixels, span in zip("yx", size, (step.hole_height_range, step.hole_width_range)):
             if step.hole_height_range[1] >= 1:
-                extent = rng.integers(int(span[0]), int(min(span[1], pixels)) + 1, (count, high))
+                extent = next(streams).integers(int(span[0]), int(min(span[1], pixels)) + 1, (count, high))
             else:
-                extent = (pixels * rng.uniform(*span, (count, high))).astype(int)
-            start = (rng.random((count, high)) * (pixels - extent + 1)).astype(int)
+                extent = (pixels * next(streams).uniform(*span, (count, high))).astype(int)
+            start = (next(streams).random((count, high)) * (pixels - extent + 1)).astype(int)
             parameters[axis + "_min"] = start
             parameters[axis + "_max"] = start + np.where(unused, 0, extent)
         return parameters
@@ -264,9 +266,9 @@ class Brightness(Step):
     options = {"brightness_by_max": (True,), "ensure_safe_range": (False,)}
     width = 2
 
-    def draw(self, rng, count, size):
-        factor = 1 + rng.uniform(*self.transform.contrast_limit, count)
-        offset = 255 * rng.uniform(*self.transform.brightness_limit, count)
+    def draw(self, streams, count, size):
+        factor = 1 + next(streams).uniform(*self.transform.contrast_limit, count)
+        offset = 255 * next(streams).uniform(*self.transform.brightness_limit, count)
         return {"alpha": factor, "beta": offset}  # Albumentations' names
 
     def columns(self, parameters, applied):

@@ -1,10 +1,11 @@
 """Whole batches at once, on the CPU or the GPU: Albumentations (`BatchTransform`) and two loaders.
 
 The augmentations of all images of an epoch are drawn in advance, one row of numbers for each
-image. They follow from (seed, epoch) alone. So a picture depends neither on the batch it is in,
-nor on the device, nor on the number of processes.
+image. A row follows from (seed, epoch, index) alone. So a picture depends neither on the batch it
+is in, nor on the number of images, the device or the number of processes.
 """
 
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -64,9 +65,10 @@ class BatchTransform:
             self.stages.append(Sampling(step))
 
     def draw(self, count: int, size: Size, seed: int, epoch: int) -> torch.Tensor:
-        """The augmentations of `count` images of this size in this epoch, one row for each image.
+        """The augmentations of the first `count` images of this size in this epoch, a row for each.
 
-        float32 (count, columns) on the device: a few megabytes for 50,000 images.
+        float32 (count, columns) on the device: a few megabytes for 50,000 images. Fewer images
+        have the first rows of more.
 
         Raises:
             ValueError: the images are smaller than what a RandomCrop cuts out.
@@ -75,13 +77,15 @@ class BatchTransform:
 
     def parameters(self, count: int, size: Size, seed: int, epoch: int) -> list[Parameters]:
         """The random parameters of each transform in its own units: pixels, degrees, factors."""
-        rng = np.random.default_rng((seed, epoch))
+        # Each parameter has a generator of its own, so that an image's number depends only on how
+        # many images come before it. Number 1 shuffles: see `BatchLoader.order`.
+        streams = (np.random.default_rng((seed, epoch, number)) for number in itertools.count(2))
         parameters = []
         for stage in self.stages:
             for step in getattr(stage, "steps", [stage]):
                 p = step.transform.p
-                applied = np.ones(count, bool) if p == 1 else rng.random(count) < p
-                parameters.append({"applied": applied, **step.draw(rng, count, size)})
+                applied = np.ones(count, bool) if p == 1 else next(streams).random(count) < p
+                parameters.append({"applied": applied, **step.draw(streams, count, size)})
                 size = step.output_size(size)
         return parameters
 
@@ -97,7 +101,10 @@ class BatchTransform:
                 values = next(remaining)
                 table.append(stage.columns(values, values["applied"][:, None]))
             size = stage.output_size(size)
-        return torch.from_numpy(np.concatenate(table, 1)).to(self.device, torch.float32)
+        # float32 here, because some devices lack float64.
+        return torch.from_numpy(np.concatenate(table, 1, dtype=np.float32, casting="same_kind")).to(
+            self.device
+        )
 
     def __call__(self, images: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """uint8 (N, H, W, 3) and their N rows of `draw` to float32 (N, 3, H', W'), all on the device.

@@ -261,6 +261,9 @@ def test_picture_follows_from_seed_epoch_and_index_alone(compose, images):
         assert (other != whole).flatten(1).any(1).float().mean() > 0.9
     assert torch.equal(BatchTransform(compose).draw(len(batch), (32, 32), 5, 2), table)
     assert torch.equal(transform.draw(len(batch), (32, 32), 5, 2), table)
+    for count in (1, len(batch) // 2, 3 * len(batch)):
+        both = min(count, len(batch))
+        assert torch.equal(transform.draw(count, (32, 32), 5, 2)[:both], table[:both])
 
 
 @pytest.mark.parametrize("size", [(2, 1), (1, 2)])
