@@ -15,9 +15,10 @@ import shutil
 import stat
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ import torch
 from safetensors.torch import save
 from torch import nn
 from torch.utils.data import ConcatDataset
+
+from hardware import best_device
 
 KEYS = {"recipe", "model", "average", "optimizer", "random", "history"}
 # Keys of a recipe that another processor, or another number of processes, may make different.
@@ -84,6 +87,8 @@ class Run:
 
     def change_since(self, state: dict) -> str | None:
         """What makes this another run than the checkpoint's, as a text; None if nothing does."""
+        if not self.parts.keys() <= state.keys():
+            return "an earlier version of this code wrote it"
         average = state["average"]
         weights = {name: tensor.cpu() for name, tensor in self.parts["model"].state_dict().items()}
         # `fit` leaves the model with these weights. Called with it again, the run continues.
@@ -271,6 +276,20 @@ def generators(loaders: Iterable) -> list[torch.Generator]:
     return [candidate for candidate in candidates if isinstance(candidate, torch.Generator)]
 
 
+def accelerators() -> list[tuple[Callable, Callable]]:
+    """For each GPU or its like, the functions that get and set its random state."""
+    device = best_device()
+    if device.type == "cpu":
+        return []
+    module = torch.get_device_module(device)
+    if device.type == "mps":  # there is one
+        return [(module.get_rng_state, module.set_rng_state)]
+    return [
+        (partial(module.get_rng_state, number), partial(module.set_rng_state, device=number))
+        for number in range(module.device_count())
+    ]
+
+
 def random_state(loaders: Iterable) -> dict:
     """The state of Python's, NumPy's and torch's generators and of the loaders' own."""
     name, keys, *rest = np.random.get_state()
@@ -278,7 +297,7 @@ def random_state(loaders: Iterable) -> dict:
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "accelerators": [get_state() for get_state, _ in accelerators()],
         "loader": [generator.get_state() for generator in generators(loaders)],
     }
 
@@ -288,8 +307,9 @@ def set_random_state(state: dict, loaders: Iterable) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if len(state["accelerators"]) == len(accelerators()):
+        for (_, set_state), value in zip(accelerators(), state["accelerators"]):
+            set_state(value)
     for generator, value in zip(generators(loaders), state["loader"]):
         generator.set_state(value)
 

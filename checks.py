@@ -85,7 +85,12 @@ def tensors_of(batch: tuple | list, device: torch.device, count: int = 2) -> lis
     for part in parts[1:]:
         if part.device.type == "cpu" and part.numel():
             check_values(part)
-    return [part.to(device, non_blocking=True) for part in parts]
+    return [to_device(part, device) for part in parts]
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device. Only CUDA is not waited for: on a Mac's GPU the copy could be wrong."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def check_values(targets: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Speed on the machine at hand: precision, compilation, CUDA graphs, memory. For any image model."""
+"""Speed on the machine at hand: device, precision, compilation, CUDA graphs, memory. For any image model."""
 
 import contextlib
 import copy
@@ -18,24 +18,33 @@ Network = Callable[[torch.Tensor], torch.Tensor]  # images (B, C, H, W) to logit
 StepFunction = Callable[..., torch.Tensor]  # learns from a batch (images, targets, ...); returns its logits
 
 
-# ---------------------------------------------------------------- precision
+# ---------------------------------------------------------------- device and precision
 
 
 PRECISIONS: dict[str, torch.dtype] = {}  # of each type of device, chosen once
 
 
-def precision(device: torch.device) -> torch.dtype:
-    """bfloat16 if the hardware is faster with it, else float32. A resumed run keeps its own.
+def best_device() -> torch.device:
+    """The accelerator that torch finds here (CUDA, ROCm, MPS, XPU), else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
-    A GPU is judged by its generation. A CPU is measured, because some list the bfloat16
-    instructions and run them no faster than float32.
+
+def precision(device: torch.device) -> torch.dtype:
+    """The fastest of bfloat16, float16 and float32 on this device. A resumed run keeps its own.
+
+    A GPU is judged by its generation: NVIDIA's have bfloat16 from compute capability 8.0 on, and
+    float16 from 7.0 on. A CPU is measured, because some list the bfloat16 instructions and run
+    them no faster than float32. A Mac's GPU computes in float32.
     """
     if device.type not in PRECISIONS:
+        choice = torch.float32
         if device.type == "cuda":
-            capable = torch.cuda.get_device_capability(device) >= (8, 0)
-        else:
-            capable = cpu_is_fast_in_bfloat16()
-        PRECISIONS[device.type] = torch.bfloat16 if capable else torch.float32
+            generation, _ = torch.cuda.get_device_capability(device)
+            if generation >= 7:
+                choice = torch.bfloat16 if generation >= 8 else torch.float16
+        elif device.type == "xpu" or (device.type == "cpu" and cpu_is_fast_in_bfloat16()):
+            choice = torch.bfloat16
+        PRECISIONS[device.type] = choice
     return PRECISIONS[device.type]
 
 
@@ -72,7 +81,14 @@ def cpu_is_fast_in_bfloat16() -> bool:
 def processor(device: torch.device) -> str:
     """The model of the processor, and the number of processes: on others a run rounds differently."""
     processes = distributed.get_world_size() if distributed.is_initialized() else 1
-    return f"{processes} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_model()}"
+    return f"{processes} x {cpu_model() if device.type == 'cpu' else accelerator_name(device)}"
+
+
+def accelerator_name(device: torch.device) -> str:
+    module = torch.get_device_module(device)
+    if hasattr(module, "get_device_name"):
+        return module.get_device_name(device)
+    return f"{device.type.upper()} on {cpu_model()}"  # a Mac's GPU is a part of its processor
 
 
 def cpu_model() -> str:
@@ -86,8 +102,8 @@ def cpu_model() -> str:
 def describe_processor(device: torch.device) -> str:
     """Where and in which precision a model on this device runs, as a text."""
     name = f"CPU, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        name = accelerator_name(device)
     if distributed.is_initialized():
         name += f", in each of {distributed.get_world_size()} processes"
     return f"{name}, in {str(precision(device)).removeprefix('torch.')}"
@@ -107,6 +123,74 @@ def forward(network: Network, images: torch.Tensor) -> torch.Tensor:
         found = type(logits).__name__
         raise TypeError(f"expected a model that returns logits (B, classes), found {found}: pick its tensor")
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class LossScaler:
+    """Loss scaling for training in float16; in any other precision, plain steps.
+
+    Small gradients are 0 in float16. So the loss is multiplied by a large factor first, and the
+    gradients are divided by it afterwards. If they overflow, the step is skipped and the factor
+    is halved. Paper: Micikevicius et al. 2018, arXiv:1710.03740. After a skipped step everything
+    is as before it, the batch norms' statistics, too.
+
+    Attributes:
+        skipped: how many steps were skipped.
+    """
+
+    HALVINGS = 32  # in a row, after which the run counts as diverged
+
+    def __init__(self, model: nn.Module):
+        self.device = next(model.parameters()).device
+        self.buffers = list(model.buffers())
+        self.before: list[torch.Tensor] = []
+        self.scaler = torch.amp.GradScaler(self.device.type)
+        self.skipped = self.in_a_row = 0
+
+    def is_active(self) -> bool:
+        return precision(self.device) == torch.float16
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        return self.scaler.scale(loss) if self.is_active() else loss
+
+    def remember_buffers(self) -> None:
+        """Call this before the forward pass, which changes the batch norms' statistics."""
+        if self.is_active():
+            self.before = [buffer.clone() for buffer in self.buffers]
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer's step, unless a gradient is not finite.
+
+        Raises:
+            FloatingPointError: so many steps in a row were skipped that the factor is not the reason.
+        """
+        if not self.is_active():
+            optimizer.step()
+            return
+        factor = self.scaler.get_scale()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() >= factor:
+            self.in_a_row = 0
+            return
+        self.skipped += 1
+        self.in_a_row += 1
+        for buffer, value in zip(self.buffers, self.before):
+            buffer.copy_(value)
+        if self.in_a_row == self.HALVINGS:
+            raise self.overflow(self.in_a_row, optimizer.param_groups[0]["lr"])
+
+    def overflow(self, steps: int, rate: float) -> FloatingPointError:
+        return FloatingPointError(
+            f"expected finite gradients in float16, found none in {steps} steps in a row "
+            f"at learning rate {float(rate):.4g}: lower it, or look for NaN in the images"
+        )
+
+    def state_dict(self) -> dict:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        self.scaler.load_state_dict(state["scaler"])
 
 
 # ---------------------------------------------------------------- testing

@@ -5,6 +5,7 @@ Without torchrun there is one process, and every function here does the right th
 
 import atexit
 import copy
+import math
 import os
 import sys
 from collections.abc import Iterable
@@ -12,32 +13,37 @@ from collections.abc import Iterable
 import torch
 from torch import distributed, nn
 
+from hardware import best_device
+
 
 def join_processes() -> tuple[torch.device, int, int]:
     """Join the processes that `torchrun` started; returns (device, rank, number of processes).
 
-    Without torchrun: the GPU if there is one, else the CPU, and rank 0 of 1. Each process takes its own
-    GPU and they talk through NCCL, or through gloo on CPUs. From here on only rank 0 prints.
+    Without torchrun: the accelerator if there is one, else the CPU, and rank 0 of 1. Each process
+    takes its own GPU and they talk through NCCL (CUDA) or its like, or through gloo on CPUs. From
+    here on only rank 0 prints.
 
     Raises:
         RuntimeError: more processes than GPUs.
     """
-    gpu = torch.cuda.is_available()
+    device = best_device()
     if not distributed.is_torchelastic_launched():
-        return torch.device("cuda" if gpu else "cpu"), 0, 1
-    local = int(os.environ["LOCAL_RANK"])
-    if gpu:
-        gpus = torch.cuda.device_count()
-        if local >= gpus:
-            raise RuntimeError(f"expected a GPU for each process, found {gpus}: lower --nproc-per-node")
-        torch.cuda.set_device(local)
-    distributed.init_process_group("nccl" if gpu else "gloo")
-    if not gpu:
+        return device, 0, 1
+    if device.type == "mps":  # a Mac's GPU works for one process only
+        device = torch.device("cpu")
+    if device.type == "cpu":
+        distributed.init_process_group("gloo")
         # A gloo thread that is alive while Python shuts down aborts the process.
         atexit.register(leave_processes)
+    else:
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
+        if local >= gpus:
+            raise RuntimeError(f"expected a GPU for each process, found {gpus}: lower --nproc-per-node")
+        torch.accelerator.set_device_index(local)
+        distributed.init_process_group(distributed.get_default_backend_for_device(device))
+        device = torch.device(device.type, local)
     if distributed.get_rank():
         sys.stdout = open(os.devnull, "w")
-    device = torch.device("cuda", local) if gpu else torch.device("cpu")
     return device, distributed.get_rank(), distributed.get_world_size()
 
 
@@ -71,11 +77,13 @@ def average_over_processes(tensors: Iterable[torch.Tensor]) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def sum_over_processes(numbers: torch.Tensor) -> torch.Tensor:
-    """The sum of each number over all processes. In float64 counts of samples stay exact."""
+def sum_over_processes(*numbers: float) -> list[float]:
+    """The sum of each number over all processes, the same in each, rounded once."""
+    rows = [numbers]
     if distributed.is_initialized():
-        distributed.all_reduce(numbers)
-    return numbers
+        rows = [None] * distributed.get_world_size()
+        distributed.all_gather_object(rows, numbers)
+    return [math.fsum(column) for column in zip(*rows)]
 
 
 def from_rank_0(value):

@@ -4,8 +4,8 @@ Nothing here knows the data set or the network. A loader is any iterable with a 
 (images, targets). Images are floats (B, C, H, W). Targets are classes (B,), or probabilities
 (B, classes), as MixUp makes them: then the most probable class counts as right. A third part of a
 batch, a teacher's probabilities, is learnt in place of the targets. Losses and accuracies are exact
-over all samples, whatever the batch sizes. They are summed on the device, so that the processor
-waits for it only when the progress bar is redrawn.
+over all samples, whatever the batch sizes. The processor waits for the device only when the
+progress bar is redrawn.
 """
 
 import sys
@@ -20,9 +20,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from checkpoint import Run, parts_of_loader
-from checks import EMPTY, check_arguments, check_optimizer, check_targets, tensors_of
+from checks import check_arguments, check_optimizer, check_targets, tensors_of
 from hardware import (
     GraphedStep,
+    LossScaler,
     Network,
     StepFunction,
     autocast,
@@ -44,9 +45,9 @@ from processes import (
     rank,
     share_of,
     share_weights,
-    sum_over_processes,
     synchronize_batch_norm,
 )
+from totals import Totals
 from weight_average import WeightAverage
 
 REDRAW = 0.5  # seconds between two states of a progress bar
@@ -128,7 +129,9 @@ def fit(
     recipe = complete_recipe(recipe, model, optimizer, scheduler, loaders, **numbers)
     recipe["loaders"] = from_rank_0(recipe["loaders"])  # shares of a test may differ by a batch
     check_same(recipe, {"images of a process": share_of(train_loader)})
+    scaler = LossScaler(model)
     parts = {"model": model, "average": average.module, "optimizer": optimizer, "scheduler": scheduler}
+    parts["scaler"] = scaler
     run = Run(recipe, parts, [train_loader, statistics], checkpoint, history_file, processor(device))
 
     saved = from_rank_0(run.find(resume) if rank() == 0 else None)
@@ -137,10 +140,10 @@ def fit(
     if len(history) < epochs:
         print(f"Training on {describe_processor(device)}, channels-last")
     compile = compile and len(history) < epochs
-    step, tested = build_steps(model, average.module, optimizer, train_loader, test_loader, compile)
+    step, tested = build_steps(model, average.module, optimizer, scaler, train_loader, test_loader, compile)
     if saved:  # only now, because building the steps draws random numbers
         run.restore(saved)
-        average.updates = len(history) * steps
+        average.updates = len(history) * steps - scaler.skipped
         if rank() == 0:
             run.complete_history(history)
     print()
@@ -153,7 +156,13 @@ def fit(
             start_epoch(train_loader, epoch, seed)
             try:
                 train_loss, train_accuracy = train(
-                    model, train_loader, optimizer, scheduler, step=step, after_step=average.update
+                    model,
+                    train_loader,
+                    optimizer,
+                    scheduler,
+                    scaler=scaler,
+                    step=step,
+                    after_step=average.update,
                 )
                 finish_norms(model, average, statistics)
                 test_loss, test_accuracy = test(average.module, test_loader, network=tested)
@@ -227,50 +236,55 @@ def build_steps(
     model: nn.Module,
     average: nn.Module,
     optimizer: torch.optim.Optimizer,
+    scaler: LossScaler,
     train_loader: Iterable,
     test_loader: Iterable,
     compile: bool,
 ) -> tuple[StepFunction, Network | None]:
     """The fastest training step for this device, and a faster form of `average` for tests, or None."""
     device = next(model.parameters()).device
-    on_gpu = device.type == "cuda"
-    several = distributed.is_initialized()
+    on_cpu, several = device.type == "cpu", distributed.is_initialized()
     network, tested = model, None
-    if several and on_gpu:
+    if several and not on_cpu:
         network = synchronize_batch_norm(model)  # torch.compile may not take it
-    elif compile:
+    elif compile and device.type != "mps":  # for which torch's compiler is a prototype
         network = compiled(model, tensors_of(next(iter(train_loader)), device)[0])
-        if not on_gpu:  # on a GPU a test is too short to earn the compiler's time back
+        if on_cpu:  # on a GPU a test is too short to earn the compiler's time back
             images = tensors_of(next(iter(test_loader)), device)[0]
             with evaluation_mode(average):
                 tested = compiled(average, split_for_cache(images)[0])
-    step = gradient_step(model, optimizer, network)
-    if compile and on_gpu and not several:
+    step = gradient_step(model, optimizer, network, scaler)
+    if compile and device.type == "cuda" and not several and not scaler.is_active():
         step = GraphedStep(step, optimizer)
     return step, tested
 
 
 def gradient_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, network: Network | None = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    network: Network | None = None,
+    scaler: LossScaler | None = None,
 ) -> StepFunction:
     """Returns `step(images, targets, soft_targets=None)`: one optimizer step; returns the logits before it.
 
     Soft targets are a teacher's probabilities (B, classes). They are learnt in place of the
     targets. `network` computes the same as the model, faster (`compiled`) or with batch norm over
-    all processes.
+    all processes. `scaler` counts the steps that float16 skips.
     """
+    scaler = scaler or LossScaler(model)
 
     def step(
         images: torch.Tensor, targets: torch.Tensor, soft_targets: torch.Tensor | None = None
     ) -> torch.Tensor:
+        scaler.remember_buffers()
         logits = forward(network or model, images)
         learnt = targets if soft_targets is None else soft_targets
         check_targets(logits, learnt)
         loss = F.cross_entropy(logits, learnt)
         optimizer.zero_grad()
-        loss.backward()
+        scaler.scale(loss).backward()
         average_over_processes(p.grad for p in model.parameters() if p.grad is not None)
-        optimizer.step()
+        scaler.step(optimizer)
         return logits.detach()
 
     return step
@@ -282,6 +296,7 @@ def train(
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler | None = None,
     *,
+    scaler: LossScaler | None = None,
     step: StepFunction | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
@@ -289,14 +304,17 @@ def train(
 
     Each sample counts with the prediction that the model had when it saw it. The loss is against
     the targets, even if a teacher's answers are learnt, so that it compares with the loss of
-    `test`. The scheduler is stepped after every batch. Modes are as in `fit`.
+    `test`. The scheduler is stepped after every batch. Modes are as in `fit`. A step that float16
+    skips counts in nothing: not in the means, nor for the scheduler.
 
     Args:
-        step: a `gradient_step`; by default one of this model and optimizer.
+        scaler: of float16, for several epochs; by default a new one.
+        step: a `gradient_step` with this scaler; by default one of this model and optimizer.
         after_step: called after every step.
 
     Raises:
-        FloatingPointError: the loss is NaN or infinite. At once on a CPU, within half a second on a GPU.
+        FloatingPointError: the loss is NaN or infinite. At once on a CPU, within half a second on
+            a GPU. In float16: many steps in a row have overflowed.
         ValueError: the loader is empty, the optimizer is of another model, shapes do not fit, or
             the processes had unequal shares.
         TypeError: batches that are no tuples of tensors, or hold integer images; a model that
@@ -304,29 +322,32 @@ def train(
     """
     check_optimizer(model, optimizer, scheduler)
     device = next(model.parameters()).device
-    step = step or gradient_step(model, optimizer)
+    scaler = scaler or LossScaler(model)
+    step = step or gradient_step(model, optimizer, scaler=scaler)
     training_mode(model)
-    totals = Totals(device)
-    rates = []
+    totals = Totals()
     redraw_at = time.monotonic()
     with progress(loader, desc="Train") as bar:
         for batch_id, batch in enumerate(bar):
             images, targets, *answers = tensors_of(batch, device, 3)
-            rates.append(optimizer.param_groups[0]["lr"] + 0)  # a copy, because it may be a tensor
+            rate, skipped = optimizer.param_groups[0]["lr"] + 0, scaler.skipped  # a copy: it may be a tensor
             logits = step(images, targets, *answers)
-            if scheduler is not None:
-                scheduler.step()
-            after_step()
-            totals.add(logits, targets)
+            if scaler.skipped == skipped:
+                if scheduler is not None:
+                    scheduler.step()
+                after_step()
+                totals.add(logits, targets, rate)
             last = batch_id + 1 == len(loader)
+            redraw = last or time.monotonic() >= redraw_at
+            if redraw or device.type == "cpu":
+                totals.check_finite(len(loader))
             if last:
+                if not totals.samples:
+                    raise scaler.overflow(len(loader), rate)
                 share = totals.samples
                 totals.sum_over_processes()
                 check_share(share, totals.samples)
-            redraw = last or time.monotonic() >= redraw_at
-            if redraw or device.type == "cpu":
-                totals.check_finite(len(loader), rates)
-            if redraw:
+            if redraw and totals.samples:
                 loss, accuracy = totals.means()
                 text = f"Train: Loss={loss:.4f} Batch_id={batch_id} Accuracy={accuracy:.2f}"
                 bar.set_description(text, refresh=False)
@@ -346,7 +367,7 @@ def test(model: nn.Module, loader: Iterable, *, network: Network | None = None) 
             returns no tensor.
     """
     device = next(model.parameters()).device
-    totals = Totals(device)
+    totals = Totals()
     with evaluation_mode(model):
         for batch in progress(loader, desc="Test", leave=False, delay=2):
             images, targets = tensors_of(batch, device)
@@ -354,48 +375,9 @@ def test(model: nn.Module, loader: Iterable, *, network: Network | None = None) 
             totals.add(torch.cat(logits), targets)
     totals.sum_over_processes()
     loss, accuracy = totals.means()
-    score = f"{totals.correct:.0f}/{totals.samples:.0f} ({accuracy:.2f}%)"
+    score = f"{totals.correct}/{totals.samples} ({accuracy:.2f}%)"
     print(f"Test set: Average loss: {loss:.4f}, Accuracy: {score}\n")
     return loss, accuracy
-
-
-class Totals:
-    """Sums over the batches so far: losses, hits, samples. They stay on the device, so nobody waits."""
-
-    def __init__(self, device: torch.device):
-        self.loss = torch.zeros((), device=device, dtype=torch.float64)
-        self.correct = torch.zeros((), device=device, dtype=torch.int64)
-        self.finite_steps = torch.zeros((), device=device, dtype=torch.int64)  # before the first bad loss
-        self.samples = self.steps = 0
-
-    @torch.no_grad()
-    def add(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
-        check_targets(logits, targets)
-        self.loss += F.cross_entropy(logits, targets, reduction="sum")
-        classes = targets.argmax(1) if targets.ndim == 2 else targets
-        self.correct += (logits.argmax(1) == classes).sum()
-        self.finite_steps += (self.finite_steps == self.steps) & self.loss.isfinite()
-        self.samples += len(targets)
-        self.steps += 1
-
-    def sum_over_processes(self) -> None:
-        samples = torch.tensor(self.samples, device=self.loss.device)
-        sums = torch.stack([self.loss, self.correct.double(), samples.double()])
-        self.loss, self.correct, self.samples = sum_over_processes(sums)
-
-    def means(self) -> tuple[float, float]:
-        if not self.samples:
-            raise ValueError(f"expected at least one batch of (images, targets), {EMPTY}")
-        samples = float(self.samples)
-        return float(self.loss) / samples, 100 * float(self.correct) / samples
-
-    def check_finite(self, steps: int, rates: list[float]) -> None:
-        good = self.finite_steps.item()
-        if good < self.steps:
-            raise FloatingPointError(
-                f"expected a finite loss, found {self.loss.item()} in step {good + 1} of {steps} "
-                f"at learning rate {rates[good]:.4g}: lower it, or look for NaN in the images"
-            )
 
 
 @torch.no_grad()

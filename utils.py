@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from checks import to_device
 from hardware import evaluation_mode, split_for_cache
 from receptive import SIZE, Size, evaluation_copy
 from receptive import receptive_field as receptive_field  # part of this module's names
@@ -120,7 +121,7 @@ def predictions(model: nn.Module, loader: Iterable) -> tuple[torch.Tensor, torch
     targets, probabilities = [], []
     with evaluation_mode(model):
         for images, labels, *_ in loader:
-            for part in split_for_cache(images.to(device, non_blocking=True)):
+            for part in split_for_cache(to_device(images, device)):
                 logits = model(part).float()
                 if not probabilities:
                     check_logits(logits)

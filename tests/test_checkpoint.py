@@ -380,6 +380,15 @@ def test_a_checkpoint_from_before_a_key_was_added_is_kept(tmp_path, capsys):
     assert before in [path.read_bytes() for path in tmp_path.glob("net.2*.pt")]
 
 
+def test_a_checkpoint_of_an_earlier_version_is_kept(tmp_path, whole, capsys):
+    interrupted_in(3, tmp_path)
+    state = load_checkpoint(tmp_path / "net.pt")
+    del state["scaler"]
+    torch.save(state, tmp_path / "net.pt")
+    assert same(run(tmp_path), whole)
+    assert "is of another run (an earlier version of this code wrote it): kept as" in capsys.readouterr().out
+
+
 def test_a_history_of_another_run_is_kept(tmp_path, whole, capsys):
     """Without its checkpoint, and if two runs with their own checkpoints share the file."""
     (tmp_path / "history.csv").write_bytes(b"\xff is mine")

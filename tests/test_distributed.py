@@ -20,10 +20,12 @@ from torch import nn
 
 import dataset
 import hardware
+import processes
 import training_utils
 from batches import BatchLoader
 from conftest import REPOSITORY
 from dataset import ASSETS, AlbumentationsCIFAR10, AlbumentationsImages, train_transform
+from hardware import best_device
 from processes import join_processes, synchronize_batch_norm
 from training_utils import fit
 
@@ -234,13 +236,12 @@ def test_a_batch_that_cannot_be_shared_is_refused():
 
 
 def test_without_torchrun_there_is_one_process():
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    assert join_processes() == (device, 0, 1)
+    assert join_processes() == (best_device(), 0, 1)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(processes, "best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(RuntimeError, match="expected a GPU for each process, found 1: lower --nproc"):
