@@ -1,4 +1,4 @@
-"""The way of the project that this one grew from, which the rows of bench.py call "the seed".
+"""The way of the project that this one grew from: the first row of each part of bench.py.
 
     python benchmarks/original.py assets/teacher_history.csv assets/history.csv
 
@@ -18,12 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import albumentations as A
+import numpy as np
 import torch
 from albumentations.pytorch import ToTensorV2
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 from checkpoint import write_csv
@@ -59,48 +59,8 @@ def albumentations_transform() -> A.Compose:
     )
 
 
-def torchvision_transform() -> v2.Compose:
-    """The same augmentation with torchvision."""
-    bilinear = v2.InterpolationMode.BILINEAR
-    return v2.Compose(
-        [
-            v2.ToImage(),
-            v2.RandomHorizontalFlip(),
-            v2.RandomApply([v2.RandomRotation(15, bilinear)]),
-            v2.RandomApply([v2.RandomAffine(15, (0.1, 0.1), (0.9, 1.1), interpolation=bilinear)]),
-            v2.RandomApply([v2.ColorJitter(0.2, 0.2)], 0.1),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.RandomErasing(0.5, (1 / 16, 1 / 16), (1, 1)),
-            v2.Normalize(MEAN, STD),
-        ]
-    )
-
-
-def kornia_transform() -> nn.Module:
-    """The same augmentation with Kornia, for float batches (N, 3, H, W) in [0, 1]."""
-    import kornia.augmentation as K
-
-    return K.AugmentationSequential(
-        K.RandomHorizontalFlip(),
-        K.RandomRotation(15),
-        K.RandomAffine(15, (0.1, 0.1), (0.9, 1.1)),
-        K.ColorJitter(0.2, 0.2, p=0.1),
-        K.RandomErasing((1 / 16, 1 / 16), (1, 1), p=0.5),
-        K.Normalize(torch.tensor(MEAN), torch.tensor(STD)),
-    )
-
-
-class PerSample(torch.utils.data.Dataset):
-    """The first `count` images, each by itself through the transform: (image, target) by index."""
-
-    def __init__(self, images: AlbumentationsImages, count: int, transform: Callable):
-        self.images, self.count, self.transform = images, count, transform
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(self.images.data[index]), self.images.targets[index]
+def augmented(compose: A.Compose, image: np.ndarray) -> torch.Tensor:
+    return compose(image=image)["image"]
 
 
 # ---------------------------------------------------------------- training

@@ -1,9 +1,17 @@
+import functools
 import os
+import pickle
+import time
 
 import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.data import default_collate
 
 import ablations
 import bench
+import original
+import peers
 from dataset import ASSETS, AlbumentationsCIFAR10, train_transform
 from model import Net
 
@@ -22,10 +30,80 @@ def test_input_part_measures_five_ways_side_by_side(capsys):
     images = AlbumentationsCIFAR10(ASSETS, transform=train_transform())
     rows = bench.bench_input(images, count=512, rounds=1)
     assert [row["part"] for row in rows] == ["input"] * 5
+    names = ["the original", "torchvision v2 from ", "Kornia, batches of ", "BatchTransform", "gathered"]
+    assert all(row["row"].startswith(name) for row, name in zip(rows, names))
     assert rows[0]["ratio"] == 1
     for row in rows:
         assert row["ratio"] == row["value"] / rows[0]["value"] > 0
     assert "BatchTransform" in capsys.readouterr().out
+
+
+def test_the_fastest_way_is_a_row():
+    ways = {f"{seconds} s": lambda seconds=seconds: time.sleep(seconds) or 1 for seconds in (0.1, 0.01, 0.2)}
+    (name, row), *others = bench.fastest(ways, rounds=1).items()
+    assert name == "0.01 s" and row.work is ways[name] and not others
+
+
+def pictures_of_peers(images: AlbumentationsCIFAR10) -> dict[str, torch.Tensor]:
+    """All images, augmented in each way: normalised float32 (N, 3, 32, 32)."""
+    compose = original.albumentations_transform()
+    pictures = {"original": default_collate([original.augmented(compose, image) for image in images.data])}
+    for kind, transform in peers.torchvision_transforms().items():
+        uint8 = default_collate([transform(image) for image in images.data])
+        pictures[kind] = peers.torchvision_normalize()(uint8)
+    floats = peers.gather_and_convert(torch.from_numpy(images.data), torch.arange(len(images)))
+    pictures["Kornia"] = peers.kornia_transform()(floats.div_(255))
+    return pictures
+
+
+def test_peers_augment_like_the_original():
+    pytest.importorskip("kornia")
+    torch.manual_seed(0)
+    pictures = pictures_of_peers(AlbumentationsCIFAR10(ASSETS, train=False))
+    black = torch.tensor([-mean / std for mean, std in zip(peers.MEAN, peers.STD)]).view(3, 1, 1)
+    for kind, batch in pictures.items():
+        assert batch.shape == (500, 3, 32, 32) and batch.dtype == torch.float32, kind
+        # What is turned or moved into the picture is black, and so is the hole of 8x8.
+        is_black = (batch - black).abs().amax(1) < 1e-5
+        holes = F.avg_pool2d(is_black.float()[:, None], 8, stride=1).amax((1, 2, 3)) == 1
+        expected = pictures["original"]
+        assert batch.mean().item() == pytest.approx(expected.mean().item(), abs=0.05), kind
+        assert batch.std().item() == pytest.approx(expected.std().item(), abs=0.05), kind
+        assert holes.float().mean().item() == pytest.approx(0.5, abs=0.12), kind
+
+
+def test_workers_can_be_started_where_there_is_no_fork():
+    images = AlbumentationsCIFAR10(ASSETS, train=False)
+    compose = original.albumentations_transform()
+    transforms = [functools.partial(original.augmented, compose), *peers.torchvision_transforms().values()]
+    for transform in transforms:
+        dataset = pickle.loads(pickle.dumps(peers.PerSample(images, 10, transform)))
+        assert dataset[9][0].shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_step_part_gives_plain_pytorch_what_is_fast_here(monkeypatch, dtype):
+    monkeypatch.setattr(bench, "precision", lambda device: dtype)
+    monkeypatch.setattr(bench, "compiled", lambda net, images: net)
+    monkeypatch.setattr(bench, "in_turn", lambda rows: dict.fromkeys(rows, 1.0))
+    monkeypatch.setattr(bench, "matrix_rate", lambda: 1.0)
+    plain = [row["row"] for row in bench.bench_step() if row["row"].startswith("plain PyTorch")]
+    kind = str(dtype).removeprefix("torch.")
+    expected = ["float32", kind, f"{kind}, compiled"] if kind == "bfloat16" else [kind, f"{kind}, compiled"]
+    assert plain == [f"plain PyTorch: {name}, batch 256" for name in expected]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_plain_step_learns_its_batch(monkeypatch, dtype):
+    nets = []
+    monkeypatch.setattr(peers, "Net", lambda: nets.append(Net()) or nets[0])
+    monkeypatch.setattr(
+        peers, "random_batch", lambda size: (torch.randn(16, 3, 32, 32), torch.arange(16) % 10)
+    )
+    step = peers.plain_step(dtype)
+    before = [parameter.clone() for parameter in nets[0].parameters()]
+    assert step() == 16
+    assert all(not torch.equal(old, new) for old, new in zip(before, nets[0].parameters()))
 
 
 def test_a_fresh_process_is_another_one():
