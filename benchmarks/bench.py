@@ -99,9 +99,17 @@ def in_fresh_process(function: Callable, *arguments):
 
 
 def peak_memory() -> float:
-    """The most memory that this process has held, in GB. (getrusage would include its parent's.)"""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9
+    """The most memory that this process has held, in GB."""
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 1e9
+    if sys.platform == "linux":  # getrusage would include the parent's
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
 def three_digits(value: float) -> str:

@@ -110,6 +110,12 @@ def test_a_fresh_process_is_another_one():
     assert bench.in_fresh_process(os.getpid) != os.getpid()
 
 
+def test_peak_memory_counts_what_was_freed():
+    before = bench.peak_memory()
+    torch.ones(10**8)
+    assert bench.peak_memory() > max(before, 0.4)
+
+
 @pytest.mark.parametrize("change", ablations.CHANGES)
 def test_every_change_of_the_recipe_trains_each_weight_once(change):
     net = Net()
