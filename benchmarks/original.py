@@ -1,12 +1,14 @@
 """The way of the project that this one grew from: the first row of each part of bench.py.
 
-    python benchmarks/original.py assets/teacher_history.csv assets/history.csv
+    python benchmarks/original.py --minutes 5 10 20
+    python benchmarks/original.py --minutes 5 10 20 --autocast
 
-trains that way for as long as the runs of those histories took together. It writes assets/seed_history.csv.
+Each number of minutes is a run of its own, its schedule stretched over them, and a line of
+assets/frontier.csv. With --autocast it is as fast as two more lines make it: autocast and channels-last.
 """
 
+import argparse
 import copy
-import csv
 import ctypes
 import os
 import sys
@@ -26,9 +28,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoint import write_csv
+from ablations import COMMIT, append
 from cifar10 import find_cifar10
 from dataset import MEAN, STD, AlbumentationsCIFAR10, AlbumentationsImages, test_transform, train_transform
+from hardware import cpu_model, forward, precision
 from model import Net
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,9 +76,12 @@ def return_freed_memory() -> None:
         libc.mallopt(-1, 128 * 1024)
 
 
-def build_loaders(images: AlbumentationsImages, tests: AlbumentationsImages) -> list[DataLoader]:
+def build_loaders(
+    images: AlbumentationsImages, tests: AlbumentationsImages, seed: int = 0
+) -> list[DataLoader]:
     """Training and test batches of 1024, one image after another in two workers."""
     images = copy.copy(images)
+    images.seed = seed
     images.transform = albumentations_transform()
     workers = {"num_workers": 2, "persistent_workers": True}
     return [DataLoader(images, 1024, shuffle=True, **workers), DataLoader(tests, 1024, **workers)]
@@ -91,10 +97,21 @@ def build_net() -> tuple[Net, torch.optim.Optimizer]:
     return net, torch.optim.SGD(net.parameters(), lr=0.004, momentum=0.9, weight_decay=1e-4)
 
 
+class Autocast(nn.Module):
+    """The network in channels-last, and in bfloat16 if that is faster here. Its logits are float32."""
+
+    def __init__(self, net: Net):
+        super().__init__()
+        self.net = net.to(memory_format=torch.channels_last)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return forward(self.net, images)
+
+
 def train_step(
-    net: Net, optimizer: torch.optim.Optimizer, images: torch.Tensor, targets: torch.Tensor
+    net: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, targets: torch.Tensor
 ) -> None:
-    """One step in float32, without channels-last or a compiler."""
+    """One step. With a plain `Net` it is in float32, without channels-last or a compiler."""
     loss = F.nll_loss(net(images).log_softmax(1), targets)
     optimizer.zero_grad()
     loss.backward()
@@ -103,7 +120,7 @@ def train_step(
 
 
 def train_and_test(
-    net: Net,
+    net: nn.Module,
     loaders: list[DataLoader],
     optimizer: torch.optim.Optimizer,
     after_step: Callable[[], bool] = lambda: False,
@@ -153,34 +170,59 @@ class TimedOneCycle:
         return passed > self.seconds
 
 
-def race(images: AlbumentationsImages, tests: AlbumentationsImages, seconds: float) -> list[dict]:
-    """Train for this time. Returns a row for each epoch; the last one is usually part of an epoch."""
-    torch.manual_seed(0)
+def race(
+    images: AlbumentationsImages, tests: AlbumentationsImages, seconds: float, seed: int, autocast: bool
+) -> tuple[float, float]:
+    """Train for this time. Returns the test accuracy in percent, and the seconds with the last test.
+
+    It tests after every epoch. The last epoch ends when the time is over.
+    """
+    torch.manual_seed(seed)
     net, optimizer = build_net()
-    loaders = build_loaders(images, tests)
+    if autocast:
+        net = Autocast(net)
+    loaders = build_loaders(images, tests, seed)
     schedule = TimedOneCycle(optimizer, seconds)
-    rows = []
+    epoch = 0
     with schedule.bar as bar:
         while schedule.seconds_so_far() < seconds:
+            epoch += 1
             # Without this, an image would get the same augmentation in every epoch.
-            loaders[0].dataset.set_epoch(len(rows) + 1)
+            loaders[0].dataset.set_epoch(epoch)
             accuracy = train_and_test(net, loaders, optimizer, schedule.step)
-            rows.append(
-                {"epoch": len(rows) + 1, "test_accuracy": accuracy, "seconds": schedule.seconds_so_far()}
-            )
-            bar.set_postfix(epoch=len(rows), test=f"{accuracy:.2f} %")
-    return rows
+            bar.set_postfix(epoch=epoch, test=f"{accuracy:.2f} %")
+    return accuracy, schedule.seconds_so_far()
 
 
-def main(histories: list[str]) -> None:
-    if not histories:
-        sys.exit("expected the history files of a run, found none: name assets/history.csv, say")
-    seconds = 0.0
-    for history in histories:
-        with open(history) as file:
-            seconds += sum(float(row["seconds"]) for row in csv.DictReader(file))
-    rows = race(cifar10_images(train=True), cifar10_images(train=False), seconds)
-    write_csv(rows, ROOT / "assets" / "seed_history.csv")
+def record(minutes: float, seed: int, autocast: bool) -> dict:
+    """Train for this time; returns the line for the table."""
+    images, tests = cifar10_images(train=True), cifar10_images(train=False)
+    accuracy, seconds = race(images, tests, 60 * minutes, seed, autocast)
+    processor = f"{torch.get_num_threads()} threads of {cpu_model()}"
+    if DEVICE.type == "cuda":
+        processor = torch.cuda.get_device_name()
+    dtype = precision(DEVICE) if autocast else torch.float32
+    options = f"--minutes {minutes:g} --seed {seed}" + " --autocast" * autocast
+    return {
+        "recipe": "the original's" + ", autocast and channels-last" * autocast,
+        "minutes": f"{seconds / 60:.2f}",
+        "seed": seed,
+        "test_accuracy": f"{accuracy:.2f}",
+        "machine": f"{processor}, {str(dtype).removeprefix('torch.')}",
+        "command": f"python benchmarks/original.py {options}",
+        "commit": COMMIT,
+    }
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, nargs="+", required=True)
+    parser.add_argument("--autocast", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--csv", type=Path, default=ROOT / "assets" / "frontier.csv")
+    options = parser.parse_args(arguments)
+    for minutes in options.minutes:
+        append(record(minutes, options.seed, options.autocast), options.csv)
 
 
 if __name__ == "__main__":

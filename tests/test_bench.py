@@ -1,3 +1,4 @@
+import csv
 import functools
 import os
 import pickle
@@ -114,6 +115,32 @@ def test_peak_memory_counts_what_was_freed():
     before = bench.peak_memory()
     torch.ones(10**8)
     assert bench.peak_memory() > max(before, 0.4)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_original_recipe_is_given_minutes(monkeypatch, tmp_path, autocast):
+    images = bench.first_images(AlbumentationsCIFAR10(ASSETS, transform=train_transform()), 20)
+    monkeypatch.setattr(original, "cifar10_images", lambda train: images)
+    table = tmp_path / "table.csv"
+    options = ["--autocast"] * autocast + ["--seed", "3", "--csv", str(table)]
+    original.main(["--minutes", "0.001", "0.02", *options])
+    with open(table) as file:
+        rows = list(csv.DictReader(file))
+    for row, minutes in zip(rows, (0.001, 0.02), strict=True):
+        assert float(row["minutes"]) >= minutes - 0.005  # it is rounded
+        assert 0 <= float(row["test_accuracy"]) <= 100
+        assert ("autocast" in row["recipe"]) == ("--autocast" in row["command"]) == autocast
+        assert f"--minutes {minutes} --seed 3" in row["command"]
+
+
+def test_autocast_and_channels_last_change_no_answer():
+    net, _ = original.build_net()
+    images = torch.randn(8, 3, 32, 32)
+    logits = net.eval()(images)
+    fast = original.Autocast(net)
+    assert fast(images).dtype == torch.float32
+    assert torch.allclose(fast(images), logits, atol=0.1)
+    assert next(fast.parameters()).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("change", ablations.CHANGES)
