@@ -101,7 +101,7 @@ def in_fresh_process(function: Callable, *arguments):
 def peak_memory() -> float:
     """The most memory that this process has held, in GB."""
     if sys.platform == "win32":
-        import psutil
+        import psutil  # comes with jupyter
 
         return psutil.Process().memory_info().peak_wset / 1e9
     if sys.platform == "linux":  # getrusage would include the parent's
@@ -109,7 +109,7 @@ def peak_memory() -> float:
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes on macOS
 
 
 def three_digits(value: float) -> str:
