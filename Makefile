@@ -20,7 +20,8 @@ record: .venv/installed
 
 distributed: .venv/installed
 	@.venv/bin/python run_notebook.py --script $(filter-out N=%,$(PARAMETERS))
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(nproc) + $(N) - 1) / $(N) ))} \
+	@cores=$$(.venv/bin/python -c "import hardware; print(hardware.usable_cores())") && \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( (cores + $(N) - 1) / $(N) ))} \
 	  .venv/bin/python -m torch.distributed.run --nproc-per-node=$(N) S8.py
 
 test: .venv/installed

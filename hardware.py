@@ -4,6 +4,7 @@ import contextlib
 import copy
 import ctypes
 import logging
+import os
 import platform
 import sys
 import time
@@ -97,6 +98,24 @@ def cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """The number of cores that this process may use: those of its affinity, or fewer in a limited container.
+
+    torch's threads follow the affinity alone. A limit is a share of time, rounded up to whole cores here:
+    more threads than that would wait for each other.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    limit = []  # the processor time of a period, or "max" or -1; and the period
+    with contextlib.suppress(OSError):  # of version 2
+        limit += (cgroup / "cpu.max").read_text().split()
+    with contextlib.suppress(OSError):  # of version 1
+        limit += [(cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period")]
+    if limit and limit[0].isdigit():
+        cores = min(cores, -(-int(limit[0]) // int(limit[1])))
+    return cores
 
 
 def describe_processor(device: torch.device) -> str:

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -241,6 +242,18 @@ def test_make_passes_parameters_and_nothing_else():
     command = ["make", "--no-print-directory", "-n", "-o", ".venv/installed", "notebook", *given]
     asked = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     assert asked.split() == [".venv/bin/python", "run_notebook.py", "EPOCHS=3"]
+
+
+@pytest.mark.parametrize("given, threads", [({}, "3"), ({"OMP_NUM_THREADS": "5"}, "5")])
+def test_make_divides_the_usable_cores_among_the_processes(given, threads, tmp_path):
+    python = tmp_path / ".venv/bin/python"  # one that counts eight cores and tells its threads
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && echo 8 || echo "$1 $2 $OMP_NUM_THREADS"\n')
+    python.chmod(0o755)
+    command = ["make", "-f", REPOSITORY / "Makefile", "-o", ".venv/installed", "distributed", "N=3"]
+    environment = {"PATH": os.environ["PATH"], **given}
+    printed = subprocess.check_output(command, cwd=tmp_path, env=environment, text=True)
+    assert f"-m torch.distributed.run {threads}" in printed.splitlines()
 
 
 # ---------------------------------------------------------------- stopping
