@@ -19,7 +19,6 @@ import io
 import multiprocessing
 import os
 import random
-import resource
 import sys
 import tarfile
 import tempfile
@@ -33,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -50,7 +50,8 @@ TABLE = ROOT / "assets" / "soak.csv"
 Result = tuple[str, int, int]  # a kind of fault, how often it was tried, how often it was survived
 
 # A process that has imported the slow packages forks the processes to kill, so that each starts quickly.
-PROCESSES = multiprocessing.get_context("forkserver")
+# Windows, which cannot fork, starts each from nothing.
+PROCESSES = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
 PROCESSES.set_forkserver_preload(["albumentations", "safetensors.torch", "torchvision"])
 tqdm.set_lock(threading.RLock())  # tqdm's own lock is a semaphore, which a killed process never gives back
 
@@ -92,7 +93,7 @@ def small_run(folder: Path, seed: int, epochs: int) -> None:
 def history_of(folder: Path) -> list[dict[str, str]]:
     """The rows of the run's history so far."""
     file = folder / "history.csv"
-    return list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines())) if file.exists() else []
 
 
 def result_of(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
@@ -354,7 +355,7 @@ def mutate(files: list[bytes], seed: int) -> bytes:
 
 def resident_memory() -> float:
     """The memory of this process, in MB."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+    return psutil.Process().memory_info().rss / 1e6
 
 
 def predict_mutated(first: int, count: int, results) -> None:

@@ -1,6 +1,7 @@
 """The data set, its counted randomness, its loaders, and what happens without its files."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import albumentations as A
@@ -14,6 +15,7 @@ import cifar10
 import dataset
 from batches import BatchLoader, TaughtLoader
 from cifar10 import find_cifar10
+from conftest import needs_links
 from dataset import (
     ASSETS,
     CLASSES,
@@ -303,25 +305,24 @@ def test_without_data_or_network_find_cifar10_gives_the_sample_or_one_line(tmp_p
     assert find_cifar10(root) == ASSETS
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and "embedded sample" in lines[2]
-    assert all("Connection refused" in line for line in lines[:2])
+    assert all("refused" in line for line in lines[:2])
     with pytest.raises(FileNotFoundError) as error:
         find_cifar10(root, "full")
     message = str(error.value)
-    assert "\n" not in message and message.count("Connection refused") == 2
+    assert "\n" not in message and message.count("refused") == 2
     assert "put the folder cifar-10-batches-py" in message
     assert find_cifar10(root, "sample") == ASSETS
     with pytest.raises(ValueError, match="'some'"):
         find_cifar10(root, "some")
 
 
-def test_root_is_the_argument_then_cifar10_root_and_home_is_expanded(tmp_path, monkeypatch):
+def test_root_is_the_argument_then_cifar10_root_and_home_is_expanded(home, monkeypatch):
     monkeypatch.setattr(cifar10, "check_files", lambda root: None)
-    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("CIFAR10_ROOT", "~/data")
     for name in ("data", "other"):
-        (tmp_path / name / "cifar-10-batches-py").mkdir(parents=True)
-    assert find_cifar10() == tmp_path / "data"
-    assert find_cifar10("~/other") == tmp_path / "other"
+        (home / name / "cifar-10-batches-py").mkdir(parents=True)
+    assert find_cifar10() == home / "data"
+    assert find_cifar10("~/other") == home / "other"
 
 
 def test_the_folder_of_the_files_itself_is_a_root_and_one_of_another_name_is_refused(tmp_path, monkeypatch):
@@ -336,9 +337,8 @@ def test_the_folder_of_the_files_itself_is_a_root_and_one_of_another_name_is_ref
 
 
 def test_a_missing_data_set_says_what_downloads_it(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=rf"found no cifar-10-batches-py: find_cifar10\('{tmp_path}'\)"
-    ):
+    message = f"found no cifar-10-batches-py: find_cifar10({str(tmp_path)!r})"
+    with pytest.raises(FileNotFoundError, match=re.escape(message)):
         AlbumentationsCIFAR10(tmp_path)
 
 
@@ -354,11 +354,11 @@ def test_modules_copied_elsewhere_say_that_the_sample_is_missing(tmp_path, monke
         AlbumentationsCIFAR10(tmp_path / "assets")
 
 
-def test_home_is_expanded_for_data_sets_and_folders(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=f"expected CIFAR-10 in {tmp_path}/none"):
+def test_home_is_expanded_for_data_sets_and_folders(home):
+    folder = str(home / "none")
+    with pytest.raises(FileNotFoundError, match=re.escape(f"expected CIFAR-10 in {folder}")):
         AlbumentationsCIFAR10(Path("~/none"))
-    with pytest.raises(FileNotFoundError, match=f"'{tmp_path}/none'"):
+    with pytest.raises(FileNotFoundError, match=re.escape(repr(folder))):
         image_folder(Path("~/none"))
 
 
@@ -403,17 +403,21 @@ def test_hidden_folders_and_files_are_no_class_and_no_picture(tmp_path):
     assert images.data[:, 0, 0, 0].tolist() == [0, 1, 2]
 
 
-def test_a_class_without_pictures_and_a_link_to_nothing_are_named(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=f"expected a folder for each class in {tmp_path}, found none"
-    ):
+def test_a_class_without_pictures_is_named(tmp_path):
+    message = f"expected a folder for each class in {tmp_path}, found none"
+    with pytest.raises(FileNotFoundError, match=re.escape(message)):
         image_folder(tmp_path)
     folder_of_pictures(tmp_path, "cat/a.bmp")
     (tmp_path / "dog").mkdir()
     with pytest.raises(FileNotFoundError, match="expected pictures in .*dog, found none"):
         image_folder(tmp_path)
+
+
+@needs_links
+def test_a_link_to_nothing_is_named(tmp_path):
+    (tmp_path / "dog").mkdir()
     (tmp_path / "dog/a.bmp").symlink_to(tmp_path / "gone.bmp")
-    with pytest.raises(FileNotFoundError, match="dog/a.bmp"):
+    with pytest.raises(FileNotFoundError, match="dog.+a.bmp"):
         image_folder(tmp_path)
     (tmp_path / "ant").symlink_to(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match="ant"):

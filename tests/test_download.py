@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import resource
 import shutil
 import tarfile
 import time
@@ -119,7 +118,7 @@ def test_an_archive_in_the_folder_is_used_and_stays(served, world, tmp_path):
     shutil.copy(served[0] / ARCHIVE, tmp_path / "root")
     assert get("404")[1] == ""
     names = {path.name for path in (tmp_path / "root").iterdir()}
-    assert names == {".cifar-10.lock", "cifar-10-batches-py", ARCHIVE}
+    assert names - {".cifar-10.lock"} == {"cifar-10-batches-py", ARCHIVE}
 
 
 def test_another_archive_in_the_folder_stays_and_the_right_one_is_downloaded(world, tmp_path):
@@ -163,6 +162,7 @@ def test_two_processes_at_once_download_once(world, tmp_path):
 
 def test_a_full_disk_is_one_line_and_the_bytes_on_it_stay(world):
     facts, sent, get, _ = world
+    resource = pytest.importorskip("resource", reason="this system has no limit for the size of a file")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
     try:

@@ -6,6 +6,7 @@ import stat
 import pytest
 
 from checkpoint import Run, load_checkpoint, previous, save_checkpoint, set_aside, write_csv, write_file
+from conftest import needs_links, needs_proc, not_on_windows
 
 
 @pytest.fixture
@@ -15,6 +16,7 @@ def disk(tmp_path):
     return tmp_path / "disk"
 
 
+@needs_links
 def test_a_link_stays_and_the_file_behind_it_is_written(tmp_path, disk):
     (tmp_path / "link.csv").symlink_to("other.csv")
     (tmp_path / "other.csv").symlink_to(disk / "history.csv")  # of which there is none yet
@@ -28,12 +30,15 @@ def test_a_link_stays_and_the_file_behind_it_is_written(tmp_path, disk):
 @pytest.fixture
 def pipe(tmp_path):
     """A pipe, and its end to read from."""
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no pipes with a name")
     os.mkfifo(tmp_path / "pipe")
     end = os.open(tmp_path / "pipe", os.O_RDWR | os.O_NONBLOCK)
     yield tmp_path / "pipe", end
     os.close(end)
 
 
+@not_on_windows
 @pytest.mark.parametrize("mode", [0o664, 0o600, 0o444])
 def test_a_file_keeps_its_permissions(tmp_path, mode):
     path = tmp_path / "history.csv"
@@ -60,6 +65,7 @@ def test_a_pipe_is_no_checkpoint_or_history_to_read_or_to_set_aside(pipe):
     assert os.read(end, 100) == b"epoch\r\n1\r\n"
 
 
+@needs_proc
 def test_standard_output_keeps_what_was_printed_before(capfd):
     print("before", flush=True)  # into a regular file, here
     write_file("/proc/self/fd/1", b"table\n")  # what /dev/stdout links to, and nothing can replace
@@ -71,6 +77,7 @@ def test_standard_output_keeps_what_was_printed_before(capfd):
 STATE = dict.fromkeys(("recipe", "model", "average", "optimizer", "random", "history"), "")
 
 
+@needs_links
 def test_a_checkpoint_behind_a_link_has_the_one_before_it_beside_itself(tmp_path, disk):
     link = tmp_path / "net.pt"
     link.symlink_to(disk / "net.pt")

@@ -1,4 +1,5 @@
 import soak
+from conftest import not_on_windows
 
 
 def assert_survived(results):
@@ -6,10 +7,12 @@ def assert_survived(results):
         assert survived == tried > 0, what
 
 
+@not_on_windows
 def test_a_run_that_is_killed_ends_like_one_that_is_not():
     assert_survived(soak.round_of_kills(seed=0, epochs=5, kills=3))
 
 
+@not_on_windows
 def test_a_download_survives_broken_servers_and_kills():
     assert_survived(soak.round_of_downloads(seed=0))
 
