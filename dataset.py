@@ -34,7 +34,7 @@ from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
 from cifar10 import ASSETS, check_files
-from images import pictures_in, read_image
+from images import by_name, pictures_in, read_image
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -194,7 +194,7 @@ def image_folder(root: str | Path, transform: A.Compose | None = None, seed: int
         ValueError: a picture is no image, or is damaged. The message names the file.
     """
     root = Path(os.path.expanduser(root))
-    visible = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
+    visible = [path for path in by_name(root) if not path.name.startswith(".")]
     # stat() instead of is_dir(), because a link to nothing may have been a class.
     folders = [path for path in visible if S_ISDIR(path.stat().st_mode)]
     if not folders:

@@ -77,7 +77,7 @@ def pictures_in(folder: str | Path, around: frozenset[Path] = frozenset()) -> li
     if place in around:
         return []
     pictures = []
-    for path in sorted(Path(folder).iterdir()):
+    for path in by_name(folder):
         if path.name.startswith("."):
             continue
         if path.is_dir():
@@ -85,6 +85,11 @@ def pictures_in(folder: str | Path, around: frozenset[Path] = frozenset()) -> li
         elif not path.exists() or (path.suffix.lower() in SUFFIXES and path.is_file()):
             pictures.append(path)
     return pictures
+
+
+def by_name(folder: str | Path) -> list[Path]:
+    """Returns what is in a folder, in the same order on every system: Windows itself ignores the case."""
+    return sorted(Path(folder).iterdir(), key=lambda path: path.name)
 
 
 def open_image(source: str | Path | bytes | Image.Image | np.ndarray, size: int) -> tuple[str, Image.Image]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import albumentations as A
 import numpy as np
@@ -401,6 +401,12 @@ def test_hidden_folders_and_files_are_no_class_and_no_picture(tmp_path):
     images = image_folder(str(tmp_path))
     assert images.classes == ["cat", "dog"] and images.targets == [0, 0, 1]
     assert images.data[:, 0, 0, 0].tolist() == [0, 1, 2]
+
+
+def test_classes_have_the_same_order_where_paths_ignore_case(tmp_path, monkeypatch):
+    monkeypatch.setattr(PurePath, "__lt__", lambda a, b: str(a).lower() < str(b).lower())  # as on Windows
+    folder_of_pictures(tmp_path, "Dog/a.bmp", "cat/a.bmp")
+    assert image_folder(tmp_path).classes == ["Dog", "cat"]
 
 
 def test_a_class_without_pictures_is_named(tmp_path):

@@ -6,6 +6,7 @@ import struct
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePath
 
 import numpy as np
 import pytest
@@ -311,6 +312,15 @@ def test_home_is_expanded(home):
     (home / "a.jfif").touch()
     with pytest.raises(ValueError, match="found .*/a.jfif: none of"):
         read_image("~/a.jfif")
+
+
+def test_the_order_of_pictures_is_the_same_where_paths_ignore_case(tmp_path, monkeypatch):
+    monkeypatch.setattr(PurePath, "__lt__", lambda a, b: str(a).lower() < str(b).lower())  # as on Windows
+    names = ["B.png", "C/a.png", "a.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [path.relative_to(tmp_path).as_posix() for path in pictures_in(tmp_path)] == names
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (31, 33), (3000, 2)])
