@@ -109,5 +109,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="surrogateescape")  # the name of a file may be no text
+    # The name of a file may be no text, or have characters that the terminal has not.
+    sys.stdout.reconfigure(encoding=sys.getfilesystemencoding(), errors=sys.getfilesystemencodeerrors())
     sys.exit(main())

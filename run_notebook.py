@@ -125,9 +125,11 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, hint: str) -> None:
         if cell_index in code_cells:
             print(f"\n--- cell {code_cells.index(cell_index) + 1} of {len(code_cells)}", flush=True)
 
+    # Windows has an encoding for pipes that lacks many of the cells' characters.
+    sys.stdout.reconfigure(errors="replace")
     # A stopped kernel complains; that goes into a file. Standard error of the cells comes here.
-    errors = os.fdopen(os.dup(2), "w", buffering=1)
-    with open(folder / "kernel.log", "w") as log:
+    errors = os.fdopen(os.dup(2), "w", 1, sys.stderr.encoding, sys.stderr.errors)
+    with open(folder / "kernel.log", "wb") as log:
         os.dup2(log.fileno(), 2)
     sys.stderr = errors
     try:
@@ -181,7 +183,7 @@ def record(notebook: nbformat.NotebookNode, values: dict[str, object], changes: 
         print(f"the earlier run in {folder} is kept as {aside}")
     before = NOTEBOOK.read_bytes()
     execute(with_values(notebook, {}), folder, "a record starts again with its first epoch")
-    epochs = len((folder / "history.csv").read_text().splitlines()) - 1
+    epochs = len((folder / "history.csv").read_bytes().splitlines()) - 1
     if epochs < values["EPOCHS"]:
         raise ValueError(f"expected {values['EPOCHS']} epochs, found {epochs}: the result is in {folder}")
     if NOTEBOOK.read_bytes() != before:
@@ -195,7 +197,7 @@ def check_tree() -> None:
     """Raise ValueError unless git has every file of this folder as it is."""
     command = ["git", "status", "--porcelain"]
     try:
-        status = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        status = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         raise ValueError("expected a git clone for a record, found none: clone the repository") from None
     if status:

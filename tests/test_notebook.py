@@ -295,6 +295,15 @@ def test_ctrl_c_says_how_to_continue(tmp_path, resume, again):
     assert "Traceback" not in errors and "ERROR" not in errors
 
 
+def test_characters_that_the_terminal_lacks_stop_no_run(tmp_path):
+    stand_in(tmp_path, "import sys\nprint('32→16 █')\nprint('→', file=sys.stderr)")
+    command = [sys.executable, "run_notebook.py", "DATA=sample"]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}  # as of a pipe on Windows
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert b"32?16 ?" in done.stdout and rb"\u2192" in done.stderr
+
+
 def test_a_cell_that_fails_says_why_in_the_last_line(tmp_path):
     done = run_notebook(stand_in(tmp_path, "raise ValueError('too blue')"), "DATA=sample")
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == "ValueError: too blue"

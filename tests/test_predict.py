@@ -1,6 +1,7 @@
 """The command line that predicts pictures: its table, its lines and its exit status."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,15 @@ def test_command_line_in_a_process_of_its_own(pictures, tmp_path):
     done = subprocess.run(command, capture_output=True, timeout=120)
     assert done.returncode == 1 and b"caf\xe9.png: " in done.stdout
     assert b"none.png" in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_a_name_beyond_the_terminal_s_characters_is_printed(pictures, tmp_path):
+    name = tmp_path / "猫.png"
+    name.write_bytes(next(pictures.glob("more/*.png")).read_bytes())
+    command = [sys.executable, REPOSITORY / "predict.py", name]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}  # as of a pipe on Windows
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=120)
+    assert done.returncode == 0 and "猫.png: ".encode() in done.stdout
 
 
 @pytest.mark.parametrize(
