@@ -120,6 +120,12 @@ def test_links_and_pictures_are_there(page):
             assert anchor in anchors, link
 
 
+def test_test_files_that_ci_and_the_pages_name_are_there():
+    workflow = (REPOSITORY / ".github/workflows/test.yml").read_text(encoding="utf-8")
+    names = set(re.findall(r"tests/\w+\.py", "".join([workflow, *TEXTS.values()])))
+    assert len(names) >= 10 and all((REPOSITORY / name).exists() for name in names)
+
+
 @pytest.fixture
 def small_cifar100(tmp_path, monkeypatch):
     """torchvision's own CIFAR100, on files of its format with 300 random images each."""
