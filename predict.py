@@ -11,11 +11,11 @@ import os
 import sys
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from checkpoint import behind_links, stream_at, write_file
 from dataset import CLASSES, read_image, test_transform
+from hardware import best_device
 from images import FORMATS, pictures_in
 from model import Net
 from utils import predict
@@ -84,7 +84,7 @@ def table(rows: list[tuple[Path, list[tuple[str, float]]]], top: int) -> bytes:
 def main(argv: list[str] | None = None) -> int:
     """Predicts the pictures named in argv, by default the command line's. Returns the exit status."""
     options, files = parse(argv)
-    net = Net.from_pretrained().to("cuda" if torch.cuda.is_available() else "cpu")
+    net = Net.from_pretrained().to(best_device())
     rows = []  # (file, answer) of the pictures that could be read
     with tqdm(total=len(files), unit="picture", delay=2) as bar:
         for start in range(0, len(files), BATCH):

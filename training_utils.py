@@ -35,6 +35,7 @@ from hardware import (
     keep_precision,
     processor,
     split_for_cache,
+    usable_cores,
 )
 from identity import complete_recipe
 from processes import (
@@ -186,10 +187,11 @@ def fit(
 
 
 def prepare(model: nn.Module) -> torch.device:
-    """Make the model ready to train fast here: mode, memory layout, and rank 0's weights in every process."""
+    """Make the model ready to train fast here: mode, memory layout, rank 0's weights in every process."""
     device = next(model.parameters()).device
     if device.type == "cpu":
         keep_freed_memory()
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     training_mode(model).to(memory_format=torch.channels_last)
     share_weights(model)
     return device

@@ -37,14 +37,14 @@ from batches import BatchLoader, TaughtLoader
 from checkpoint import save_figure
 from cifar10 import find_cifar10
 from dataset import AlbumentationsCIFAR10, AlbumentationsImages, test_transform, train_transform
-from hardware import precision
+from hardware import accelerator_name, best_device, precision
 from model import Net, Teacher, whitening
 from muon import WARM_UP, one_cycle, parameter_groups, plan
 from parameters import describe_commit
 from training_utils import fit, soft_targets
 from utils import set_seed
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = best_device()
 COMMIT = describe_commit()  # before the runs: what is edited meanwhile is not part of them
 HELD_OUT = 5000  # images, the same ones in all runs
 
@@ -255,8 +255,8 @@ def record(change: str, seed: int, epochs: int) -> dict:
     last = train_with(CHANGES[change], seed, epochs)
     seconds = time.perf_counter() - start
     processor = f"CPU, {torch.get_num_threads()} threads"
-    if DEVICE.type == "cuda":
-        processor = torch.cuda.get_device_name()
+    if DEVICE.type != "cpu":
+        processor = accelerator_name(DEVICE)
     options = f"{shlex.quote(change)} --seeds {seed} --epochs {epochs}"
     return {
         "change": change,

@@ -16,7 +16,6 @@ import csv
 import functools
 import io
 import multiprocessing
-import os
 import re
 import statistics
 import subprocess
@@ -41,7 +40,14 @@ import peers
 from batches import BatchLoader, BatchTransform
 from checkpoint import save_figure, write_csv
 from dataset import CLASSES, AlbumentationsCIFAR10, AlbumentationsImages, test_transform
-from hardware import compiled, describe_processor, keep_freed_memory, precision, split_for_cache
+from hardware import (
+    compiled,
+    describe_processor,
+    keep_freed_memory,
+    precision,
+    split_for_cache,
+    usable_cores,
+)
 from model import Net
 from peers import random_batch, sgd
 from training_utils import fit, gradient_step, test, train
@@ -88,8 +94,8 @@ def fastest(ways: dict[str, Callable[[], int]], rounds: int) -> dict[str, Row]:
 
 def synchronize() -> None:
     """Wait until a GPU has finished."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    if DEVICE.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def in_fresh_process(function: Callable, *arguments):
@@ -329,7 +335,7 @@ def memory_of_run() -> float:
 
 def bench_growth() -> list[dict]:
     """Speed and memory by batch size, threads and image size, each in a fresh process."""
-    cores = os.cpu_count()
+    cores = usable_cores()
     settings = [(batch, 32, cores) for batch in (64, 256, 1024, 4096)]
     settings += [(256, 32, 1), (256, 64, cores), (256, 96, cores)]
     speed, memory = {}, {}

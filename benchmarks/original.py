@@ -31,10 +31,10 @@ from tqdm import tqdm
 from ablations import COMMIT, append
 from cifar10 import find_cifar10
 from dataset import MEAN, STD, AlbumentationsCIFAR10, AlbumentationsImages, test_transform, train_transform
-from hardware import cpu_model, forward, precision
+from hardware import accelerator_name, best_device, cpu_model, forward, precision
 from model import Net
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = best_device()
 
 
 def cifar10_images(train: bool) -> AlbumentationsCIFAR10:
@@ -199,8 +199,8 @@ def record(minutes: float, seed: int, autocast: bool) -> dict:
     images, tests = cifar10_images(train=True), cifar10_images(train=False)
     accuracy, seconds = race(images, tests, 60 * minutes, seed, autocast)
     processor = f"{torch.get_num_threads()} threads of {cpu_model()}"
-    if DEVICE.type == "cuda":
-        processor = torch.cuda.get_device_name()
+    if DEVICE.type != "cpu":
+        processor = accelerator_name(DEVICE)
     dtype = precision(DEVICE) if autocast else torch.float32
     options = f"--minutes {minutes:g} --seed {seed}" + " --autocast" * autocast
     return {

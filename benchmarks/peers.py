@@ -6,7 +6,6 @@ Kornia applies contrast and brightness independently of each other.
 """
 
 import functools
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +22,10 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from dataset import MEAN, STD, AlbumentationsImages
+from hardware import best_device, usable_cores
 from model import Net
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = best_device()
 
 
 class PerSample(torch.utils.data.Dataset):
@@ -82,7 +82,7 @@ def torchvision_ways(images: AlbumentationsImages, count: int) -> dict[str, Call
 
     Like `kornia_ways`, returns functions that augment `count` images and return how many they are.
     """
-    workers = os.cpu_count()
+    workers = usable_cores()
     normalize = torchvision_normalize()
 
     def way(loader: DataLoader) -> int:

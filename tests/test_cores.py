@@ -5,7 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
 
+import training_utils
 from conftest import REPOSITORY
 from hardware import usable_cores
 
@@ -43,3 +46,15 @@ def test_a_process_that_is_bound_to_one_core_has_one():
     bind = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
     command = [sys.executable, "-c", f"{bind}; import hardware; print(hardware.usable_cores())"]
     assert subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=True).stdout.strip() == b"1"
+
+
+def test_training_takes_no_more_threads_than_there_are_cores(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for cores, threads in ((3, 2), (1, 1)):
+            monkeypatch.setattr(training_utils, "usable_cores", lambda: cores)
+            training_utils.prepare(nn.Linear(1, 1))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
