@@ -379,7 +379,7 @@ def stream_at(path: str | Path) -> str | Path | int | None:
 
 def is_beginning(path: Path, rows: list[dict]) -> bool:
     """Whether the rows of a CSV file are these, as far as both go."""
-    with open(path, newline="", errors="replace") as file:
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
         found = list(csv.DictReader(file))
     expected = [{key: str(value) for key, value in row.items()} for row in rows]
     both = min(len(found), len(rows))

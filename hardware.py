@@ -62,13 +62,14 @@ def cpu_is_fast_in_bfloat16() -> bool:
     Measures the processor time of one thread, which does not depend on what else the machine does.
     """
     half, full = (torch.ones(512, 512, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    clock = time.perf_counter if sys.platform == "win32" else time.thread_time  # there it ticks every 16 ms
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         half_seconds, full_seconds = [], []
         for _ in range(10):  # the first round warms up
-            half_seconds.append(timeit.timeit(lambda: half @ half, timer=time.thread_time, number=1))
-            full_seconds.append(timeit.timeit(lambda: full @ full, timer=time.thread_time, number=1))
+            half_seconds.append(timeit.timeit(lambda: half @ half, timer=clock, number=1))
+            full_seconds.append(timeit.timeit(lambda: full @ full, timer=clock, number=1))
     finally:
         torch.set_num_threads(threads)
     # If there is a difference, it is large. The margin keeps two runs on one machine from
@@ -94,7 +95,7 @@ def accelerator_name(device: torch.device) -> str:
 
 def cpu_model() -> str:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

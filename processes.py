@@ -43,7 +43,7 @@ def join_processes() -> tuple[torch.device, int, int]:
         distributed.init_process_group(distributed.get_default_backend_for_device(device))
         device = torch.device(device.type, local)
     if distributed.get_rank():
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return device, distributed.get_rank(), distributed.get_world_size()
 
 

@@ -213,7 +213,7 @@ def plot(table: Path, picture: Path) -> None:
     Raises:
         KeyError: the recipe, "taught", has no run with one of the seeds.
     """
-    with open(table) as file:
+    with open(table, encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["change"] in CHANGES and row["epochs"] == "16"]
     recipe = {row["seed"]: float(row["accuracy"]) for row in rows if row["change"] == "taught"}
     gains = {}  # of each change: its seeds and gains
@@ -276,7 +276,7 @@ def record(change: str, seed: int, epochs: int) -> dict:
 
 def append(row: dict, table: Path) -> None:
     new = not table.exists() or not table.stat().st_size
-    with open(table, "a", newline="") as file:
+    with open(table, "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, row)
         if new:
             writer.writeheader()

@@ -54,7 +54,7 @@ def render(text: str) -> str:
 
 
 def table(name: str) -> list[dict[str, str]]:
-    with open(ROOT / "assets" / name, newline="") as file:
+    with open(ROOT / "assets" / name, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

@@ -23,12 +23,13 @@ import hardware
 import processes
 import training_utils
 from batches import BatchLoader
-from conftest import REPOSITORY
+from conftest import REPOSITORY, not_on_windows
 from dataset import ASSETS, AlbumentationsCIFAR10, AlbumentationsImages, train_transform
 from hardware import best_device
 from processes import join_processes, synchronize_batch_norm
 from training_utils import fit
 
+pytestmark = not_on_windows
 EPOCHS = 3
 PROCESSES = 3  # two would not tell in which order their gradients are summed: a + b = b + a, to the last bit
 

@@ -35,7 +35,7 @@ def test_parameters_and_shapes():
 
 
 def test_model_needs_torch_alone():
-    source = Path(model.__file__).read_text()
+    source = Path(model.__file__).read_text(encoding="utf-8")
     imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
     imported = {line.split()[1].split(".")[0] for line in imports}
     assert imported == {"collections", "pathlib", "torch"}
@@ -182,6 +182,8 @@ def test_as_a_backbone(pretrained, images):
 
 
 def compiled(net, inputs):
+    if sys.platform == "win32":
+        pytest.skip("torch.compile may have no compiler here")
     return torch.compile(net)(inputs)
 
 
