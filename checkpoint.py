@@ -307,7 +307,9 @@ def set_random_state(state: dict, loaders: Iterable) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if len(state["accelerators"]) == len(accelerators()):
+    own_shapes = [get_state().shape for get_state, _ in accelerators()]
+    # Another number of GPUs, or another kind, has states of other shapes, and keeps its own.
+    if [value.shape for value in state["accelerators"]] == own_shapes:
         for (_, set_state), value in zip(accelerators(), state["accelerators"]):
             set_state(value)
     for generator, value in zip(generators(loaders), state["loader"]):

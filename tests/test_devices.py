@@ -99,6 +99,9 @@ def test_the_random_state_of_an_accelerator_is_kept(kind, count, monkeypatch):
     states[:] = [torch.zeros(1, dtype=torch.uint8) + 9] * count
     checkpoint.set_random_state(saved, [])
     assert all(torch.equal(*pair) for pair in zip(states, before))
+    states[:] = [torch.zeros(44, dtype=torch.uint8)] * count  # as of another kind of GPU
+    checkpoint.set_random_state(saved, [])
+    assert all(len(state) == 44 for state in states)
 
 
 def test_an_accelerator_has_a_name(monkeypatch):
