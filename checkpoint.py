@@ -87,17 +87,19 @@ class Run:
 
     def change_since(self, state: dict) -> str | None:
         """What makes this another run than the checkpoint's, as a text; None if nothing does."""
-        if not self.parts.keys() <= state.keys():
-            return "an earlier version of this code wrote it"
         average = state["average"]
         weights = {name: tensor.cpu() for name, tensor in self.parts["model"].state_dict().items()}
         # `fit` leaves the model with these weights. Called with it again, the run continues.
         same_model = weights.keys() == average.keys()
         same_model = same_model and all(torch.equal(weights[name], average[name]) for name in weights)
         recipe = state["recipe"]
+        own_recipe = self.recipe
         if same_model or state.get("processor") != self.processor:
-            return difference(recipe, self.recipe | {key: recipe[key] for key in START if key in recipe})
-        return difference(recipe, self.recipe)
+            own_recipe = self.recipe | {key: recipe[key] for key in START if key in recipe}
+        change = difference(recipe, own_recipe)
+        if not change and not self.parts.keys() <= state.keys():
+            change = "an earlier version of this code wrote it"
+        return change
 
     def announce(self, state: dict) -> None:
         """Print the epochs that are finished."""

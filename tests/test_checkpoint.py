@@ -391,6 +391,15 @@ def test_a_checkpoint_of_an_earlier_version_is_kept(tmp_path, whole, capsys):
     assert "is of another run (an earlier version of this code wrote it): kept as" in capsys.readouterr().out
 
 
+def test_a_schedule_that_the_checkpoint_lacks_is_named(tmp_path, capsys):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for schedule in (None, LambdaLR(optimizer, linear_decay)):
+        fit(net, Batches(), Batches(), optimizer, schedule, epochs=1, checkpoint=tmp_path / "net.pt")
+    printed = capsys.readouterr().out
+    assert "is of another run (" in printed and "earlier version" not in printed
+
+
 def test_a_history_of_another_run_is_kept(tmp_path, whole, capsys):
     """Without its checkpoint, and if two runs with their own checkpoints share the file."""
     (tmp_path / "history.csv").write_bytes(b"\xff is mine")
