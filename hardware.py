@@ -157,14 +157,14 @@ class LossScaler:
         skipped: how many steps were skipped.
     """
 
-    HALVINGS = 32  # in a row, after which the run counts as diverged
+    SMALLEST = 2.0**-16  # A factor this small keeps no gradient. The run counts as diverged.
 
     def __init__(self, model: nn.Module):
         self.device = next(model.parameters()).device
         self.buffers = list(model.buffers())
         self.before: list[torch.Tensor] = []
         self.scaler = torch.amp.GradScaler(self.device.type)
-        self.skipped = self.in_a_row = 0
+        self.skipped = 0
 
     def is_active(self) -> bool:
         return precision(self.device) == torch.float16
@@ -181,7 +181,7 @@ class LossScaler:
         """The optimizer's step, unless a gradient is not finite.
 
         Raises:
-            FloatingPointError: so many steps in a row were skipped that the factor is not the reason.
+            FloatingPointError: so many steps were skipped that the factor is not the reason.
         """
         if not self.is_active():
             optimizer.step()
@@ -190,26 +190,24 @@ class LossScaler:
         self.scaler.step(optimizer)
         self.scaler.update()
         if self.scaler.get_scale() >= factor:
-            self.in_a_row = 0
             return
         self.skipped += 1
-        self.in_a_row += 1
         for buffer, value in zip(self.buffers, self.before):
             buffer.copy_(value)
-        if self.in_a_row == self.HALVINGS:
-            raise self.overflow(self.in_a_row, optimizer.param_groups[0]["lr"])
+        if self.scaler.get_scale() <= self.SMALLEST:
+            raise self.overflow(optimizer.param_groups[0]["lr"])
 
-    def overflow(self, steps: int, rate: float) -> FloatingPointError:
+    def overflow(self, rate: float) -> FloatingPointError:
         return FloatingPointError(
-            f"expected finite gradients in float16, found none in {steps} steps in a row "
+            f"expected finite gradients in float16, found others in {self.skipped} steps, the last "
             f"at learning rate {float(rate):.4g}: lower it, or look for NaN in the images"
         )
 
     def state_dict(self) -> dict:
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "scaler": self.scaler.state_dict()}
+        return {"skipped": self.skipped, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        self.skipped = state["skipped"]
         self.scaler.load_state_dict(state["scaler"])
 
 

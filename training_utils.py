@@ -316,7 +316,7 @@ def train(
 
     Raises:
         FloatingPointError: the loss is NaN or infinite. At once on a CPU, within half a second on
-            a GPU. In float16: many steps in a row have overflowed.
+            a GPU. In float16: all steps of an epoch, or too many of a run, have overflowed.
         ValueError: the loader is empty, the optimizer is of another model, shapes do not fit, or
             the processes had unequal shares.
         TypeError: batches that are no tuples of tensors, or hold integer images; a model that
@@ -345,7 +345,7 @@ def train(
                 totals.check_finite(len(loader))
             if last:
                 if not totals.samples:
-                    raise scaler.overflow(len(loader), rate)
+                    raise scaler.overflow(rate)
                 share = totals.samples
                 totals.sum_over_processes()
                 check_share(share, totals.samples)

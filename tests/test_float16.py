@@ -11,6 +11,7 @@ import hardware
 from batches import BatchLoader
 from dataset import ASSETS, AlbumentationsCIFAR10, train_transform
 from hardware import LossScaler, precision
+from identity import digest
 from muon import Muon
 from training_utils import fit, gradient_step, train
 
@@ -161,11 +162,32 @@ def test_a_run_survives_overflow_and_continues_exactly(tmp_path, monkeypatch):
 
 def test_overflow_in_every_step_is_an_error_with_the_learning_rate(tmp_path):
     everywhere = Batches(range(STEPS))
-    with pytest.raises(FloatingPointError, match="none in 6 steps in a row at learning rate 0.05: lower it"):
+    message = "epoch 1: expected finite gradients .* in 6 steps, the last at learning rate 0.05: lower it"
+    with pytest.raises(FloatingPointError, match=message):
         run(batches=everywhere)
     everywhere.batches *= 8
-    with pytest.raises(FloatingPointError, match="epoch 1: expected finite gradients .* none in 32 steps"):
+    with pytest.raises(FloatingPointError, match="epoch 1: expected finite gradients .* in 32 steps"):
         run(batches=everywhere, checkpoint=tmp_path / "net.pt")
+
+
+def test_overflow_in_every_other_step_does_not_halve_the_factor_to_nothing():
+    batches = Batches({0, 2, 4}, math.nan)
+    with pytest.raises(FloatingPointError, match="epoch 11: expected finite gradients .* in 32 steps"):
+        run(epochs=20, batches=batches)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_torch_s_optimizers_skip_a_step_too(kind, fused):
+    net = small_net()
+    optimizer = kind(net.parameters(), lr=0.01, fused=fused)
+    scaler = LossScaler(net)
+    step = gradient_step(net, optimizer, scaler=scaler)
+    for number, (images, targets) in enumerate(Batches({1, 3})):
+        before = digest([net.state_dict(), optimizer.state_dict()])
+        step(images, targets)
+        assert (digest([net.state_dict(), optimizer.state_dict()]) == before) == (number in (1, 3))
+    assert scaler.skipped == 2
 
 
 def test_other_precisions_take_plain_steps():
