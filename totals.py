@@ -19,16 +19,16 @@ class Totals:
     def __init__(self):
         self.pending: list[torch.Tensor] = []  # (loss, hits) of batches that nobody has read
         self.losses: list[float] = []
-        self.rates: list[float] = []  # the learning rate of each step
+        self.steps: list[tuple[int, float]] = []  # (number, learning rate) of each batch
         self.correct = self.samples = 0
 
     @torch.no_grad()
-    def add(self, logits: torch.Tensor, targets: torch.Tensor, rate: float = 0.0) -> None:
+    def add(self, logits: torch.Tensor, targets: torch.Tensor, number: int = 0, rate: float = 0.0) -> None:
         check_targets(logits, targets)
         loss = F.cross_entropy(logits, targets, reduction="sum")
         classes = targets.argmax(1) if targets.ndim == 2 else targets
         self.pending.append(torch.stack([loss, (logits.argmax(1) == classes).sum()]))
-        self.rates.append(rate)
+        self.steps.append((number, rate))
         self.samples += len(targets)
 
     def read(self) -> None:
@@ -52,7 +52,7 @@ class Totals:
 
     def check_finite(self, steps: int) -> None:
         self.read()
-        for number, (loss, rate) in enumerate(zip(self.losses, self.rates), 1):
+        for loss, (number, rate) in zip(self.losses, self.steps):
             if not math.isfinite(loss):
                 raise FloatingPointError(
                     f"expected a finite loss, found {loss} in step {number} of {steps} "

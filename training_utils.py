@@ -338,7 +338,7 @@ def train(
                 if scheduler is not None:
                     scheduler.step()
                 after_step()
-                totals.add(logits, targets, rate)
+                totals.add(logits, targets, batch_id + 1, rate)
             last = batch_id + 1 == len(loader)
             redraw = last or time.monotonic() >= redraw_at
             if redraw or device.type == "cpu":

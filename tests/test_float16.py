@@ -190,6 +190,22 @@ def test_torch_s_optimizers_skip_a_step_too(kind, fused):
     assert scaler.skipped == 2
 
 
+def test_an_infinite_loss_is_named_by_its_step_although_others_were_skipped():
+    """A logit of -inf makes the loss infinite, but leaves the gradients finite."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False))
+    images = torch.full((4, 8, 1, 1, 1), 0.1)
+    images[1] = math.nan
+    targets = torch.zeros(4, 8, dtype=torch.int64)
+    targets[3] = 1
+    with torch.no_grad():
+        net[1].weight.copy_(torch.tensor([[0.0], [-1e6]]))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    message = "found inf in step 4 of 4 at learning rate 0.1667"
+    with pytest.raises(FloatingPointError, match=message):
+        train(net, list(zip(images, targets)), optimizer, schedule)
+
+
 def test_other_precisions_take_plain_steps():
     hardware.PRECISIONS["cpu"] = torch.float32
     net = small_net()
