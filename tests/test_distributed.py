@@ -81,6 +81,22 @@ def check_unequal_shares(rank):
     training_utils.test(net, [(images, targets)] * (rank + 1))
 
 
+def check_overflow_on_one(rank):
+    """In float16, a step that overflows on one process is skipped on all."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    images, targets = torch.full((4, 6, 1, 2, 2), rank / 10), torch.zeros(4, 6, dtype=int)
+    images[2, 0] = float("nan") if rank == 1 else 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardware, "precision", lambda device: torch.float16)
+        scaler = hardware.LossScaler(net)
+        steps = []
+        training_utils.train(
+            net, list(zip(images, targets)), optimizer, scaler=scaler, after_step=lambda: steps.append(1)
+        )
+    assert scaler.skipped == 1 and len(steps) == 3 and net[1].weight.isfinite().all()
+
+
 def history_of(folder):
     with open(folder / "history.csv") as file:
         rows = list(csv.DictReader(file))
@@ -113,6 +129,7 @@ def main(scenario, folder):
         with pytest.raises(ValueError, match=message):
             train("refused", data=rank)
         check_unequal_shares(rank)
+        check_overflow_on_one(rank)
         train("plain", norm=False)
         train("whole")
     elif scenario == "fail":
