@@ -67,8 +67,8 @@ class BatchTransform:
     def draw(self, count: int, size: Size, seed: int, epoch: int) -> torch.Tensor:
         """The augmentations of the first `count` images of this size in this epoch, a row for each.
 
-        float32 (count, columns) on the device: a few megabytes for 50,000 images. Fewer images
-        have the first rows of more.
+        float32 (count, columns) on the device: a few megabytes for 50,000 images. With another
+        count, an image has the same row.
 
         Raises:
             ValueError: the images are smaller than what a RandomCrop cuts out.

@@ -279,7 +279,7 @@ def generators(loaders: Iterable) -> list[torch.Generator]:
 
 
 def accelerators() -> list[tuple[Callable, Callable]]:
-    """For each GPU or its like, the functions that get and set its random state."""
+    """For each accelerator, the functions that get and set its random state."""
     device = best_device()
     if device.type == "cpu":
         return []

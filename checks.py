@@ -89,7 +89,7 @@ def tensors_of(batch: tuple | list, device: torch.device, count: int = 2) -> lis
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on the device. Only CUDA is not waited for: on a Mac's GPU the copy could be wrong."""
+    """The tensor on the device. Waits for the copy, except on CUDA: a Mac's GPU may use it too early."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 

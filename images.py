@@ -88,7 +88,7 @@ def pictures_in(folder: str | Path, around: frozenset[Path] = frozenset()) -> li
 
 
 def by_name(folder: str | Path) -> list[Path]:
-    """Returns what is in a folder, in the same order on every system: Windows itself ignores the case."""
+    """What is in a folder, in the same order on every system. Windows' own order ignores case."""
     return sorted(Path(folder).iterdir(), key=lambda path: path.name)
 
 

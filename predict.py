@@ -109,6 +109,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # The name of a file may be no text, or have characters that the terminal has not.
+    # The name of a file may be no text, or have characters that the terminal lacks.
     sys.stdout.reconfigure(encoding=sys.getfilesystemencoding(), errors=sys.getfilesystemencodeerrors())
     sys.exit(main())

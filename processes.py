@@ -20,7 +20,7 @@ def join_processes() -> tuple[torch.device, int, int]:
     """Join the processes that `torchrun` started; returns (device, rank, number of processes).
 
     Without torchrun: the accelerator if there is one, else the CPU, and rank 0 of 1. Each process
-    takes its own GPU and they talk through NCCL (CUDA) or its like, or through gloo on CPUs. From
+    takes its own GPU and they talk through NCCL (CUDA) or its counterpart, on CPUs through gloo. From
     here on only rank 0 prints.
 
     Raises:

@@ -307,7 +307,7 @@ def train(
     Each sample counts with the prediction that the model had when it saw it. The loss is against
     the targets, even if a teacher's answers are learnt, so that it compares with the loss of
     `test`. The scheduler is stepped after every batch. Modes are as in `fit`. A step that float16
-    skips counts in nothing: not in the means, nor for the scheduler.
+    skips counts neither in the means nor for the scheduler.
 
     Args:
         scaler: of float16, for several epochs; by default a new one.
@@ -332,7 +332,8 @@ def train(
     with progress(loader, desc="Train") as bar:
         for batch_id, batch in enumerate(bar):
             images, targets, *answers = tensors_of(batch, device, 3)
-            rate, skipped = optimizer.param_groups[0]["lr"] + 0, scaler.skipped  # a copy: it may be a tensor
+            rate = optimizer.param_groups[0]["lr"] + 0  # a copy, because it may be a tensor
+            skipped = scaler.skipped
             logits = step(images, targets, *answers)
             if scaler.skipped == skipped:
                 if scheduler is not None:
