@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import checkpoint
 import hardware
+import training_utils
 from batches import BatchLoader, TaughtLoader
 from checks import to_device
 from dataset import ASSETS, AlbumentationsCIFAR10, train_transform
@@ -81,6 +82,29 @@ def test_only_cuda_is_not_waited_for():
     for kind in ("cuda", "mps", "xpu", "cpu"):
         to_device(tensor, torch.device(kind))
         assert tensor.to.call_args.kwargs == {"non_blocking": kind == "cuda"}
+
+
+@pytest.mark.parametrize(
+    "kind, float16, several, expected",
+    [
+        ("cuda", False, False, ["compiled", "GraphedStep"]),
+        ("cuda", True, False, ["compiled"]),
+        ("cuda", False, True, ["synchronize_batch_norm"]),
+        ("xpu", False, False, ["compiled"]),
+        ("xpu", False, True, ["synchronize_batch_norm"]),
+        ("mps", False, False, []),
+    ],
+)
+def test_an_accelerator_trains_in_the_way_it_can(kind, float16, several, expected, monkeypatch):
+    made = []
+    for name in ("compiled", "GraphedStep", "synchronize_batch_norm"):
+        monkeypatch.setattr(training_utils, name, lambda *arguments, name=name: made.append(name))
+    monkeypatch.setattr(training_utils, "tensors_of", lambda batch, device: [batch])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: several)
+    model = Mock(parameters=lambda: iter([Mock(device=torch.device(kind))]))
+    scaler = Mock(is_active=lambda: float16)
+    training_utils.build_steps(model, model, Mock(), scaler, [Mock()], [Mock()], compile=True)
+    assert made == expected
 
 
 @pytest.mark.parametrize("kind, count", [("mps", 1), ("xpu", 2)])
