@@ -257,6 +257,25 @@ def test_without_torchrun_there_is_one_process():
     assert join_processes() == (best_device(), 0, 1)
 
 
+@pytest.mark.parametrize(
+    "kind, backend, expected", [("mps", "gloo", "cpu"), ("xpu", "xccl", "xpu:1"), ("cuda", "nccl", "cuda:1")]
+)
+def test_each_process_takes_its_own_accelerator(kind, backend, expected, monkeypatch):
+    """A Mac's GPU works for one process only."""
+    called = []
+    monkeypatch.setattr(processes, "best_device", lambda: torch.device(kind))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", called.append)
+    monkeypatch.setattr(processes.atexit, "register", lambda function: None)
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(torch.distributed, "init_process_group", called.append)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert join_processes() == (torch.device(expected), 0, 2)
+    assert called == ([backend] if expected == "cpu" else [1, backend])
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(processes, "best_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
