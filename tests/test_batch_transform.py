@@ -266,6 +266,13 @@ def test_picture_follows_from_seed_epoch_and_index_alone(compose, images):
         assert torch.equal(transform.draw(count, (32, 32), 5, 2)[:both], table[:both])
 
 
+def test_random_numbers_depend_neither_on_each_other_nor_on_the_order_of_the_images():
+    transform = BatchTransform(A.Compose([A.Rotate(90, p=1), A.Rotate(90, p=1)]))
+    angles = [values["rotate"] for values in transform.parameters(1000, SIZE, 5, 2)]
+    of_order = np.random.default_rng((5, 2, 1)).uniform(-90, 90, 1000)  # what BatchLoader shuffles with
+    assert np.abs(np.corrcoef([of_order, *angles]) - np.eye(3)).max() < 0.2
+
+
 @pytest.mark.parametrize("size", [(2, 1), (1, 2)])
 def test_images_of_a_single_row_or_column(size):
     images = torch.arange(12, dtype=torch.uint8).view(2, *size, 3)
