@@ -27,8 +27,6 @@ from safetensors.torch import save
 from torch import nn
 from torch.utils.data import ConcatDataset
 
-from hardware import best_device
-
 KEYS = {"recipe", "model", "average", "optimizer", "random", "history"}
 # Keys of a recipe that another processor, or another number of processes, may make different.
 START = ("starting weights", "start of the optimizer", "loaders")
@@ -280,8 +278,8 @@ def generators(loaders: Iterable) -> list[torch.Generator]:
 
 def accelerators() -> list[tuple[Callable, Callable]]:
     """For each accelerator, the functions that get and set its random state."""
-    device = best_device()
-    if device.type == "cpu":
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
         return []
     module = torch.get_device_module(device)
     if device.type == "mps":  # there is one

@@ -16,7 +16,8 @@ import torch
 from torch import distributed, nn
 
 Network = Callable[[torch.Tensor], torch.Tensor]  # images (B, C, H, W) to logits (B, classes)
-StepFunction = Callable[..., torch.Tensor]  # learns from a batch (images, targets, ...); returns its logits
+# Learns from a batch (images, targets, ...). Returns its logits, or None if the step was skipped.
+StepFunction = Callable[..., torch.Tensor | None]
 
 
 # ---------------------------------------------------------------- device and precision
@@ -177,31 +178,26 @@ class LossScaler:
         if self.is_active():
             self.before = [buffer.clone() for buffer in self.buffers]
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """The optimizer's step, unless a gradient is not finite.
+    def step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """The optimizer's step, unless a gradient is not finite. Returns whether it was done.
 
         Raises:
             FloatingPointError: so many steps were skipped that the factor is not the reason.
         """
         if not self.is_active():
             optimizer.step()
-            return
+            return True
         factor = self.scaler.get_scale()
         self.scaler.step(optimizer)
         self.scaler.update()
         if self.scaler.get_scale() >= factor:
-            return
+            return True
         self.skipped += 1
         for buffer, value in zip(self.buffers, self.before):
             buffer.copy_(value)
         if self.scaler.get_scale() <= self.SMALLEST:
-            raise self.overflow(optimizer.param_groups[0]["lr"])
-
-    def overflow(self, rate: float) -> FloatingPointError:
-        return FloatingPointError(
-            f"expected finite gradients in float16, found others in {self.skipped} steps, the last "
-            f"at learning rate {float(rate):.4g}: lower it, or look for NaN in the images"
-        )
+            raise overflow(self.skipped, optimizer.param_groups[0]["lr"])
+        return False
 
     def state_dict(self) -> dict:
         return {"skipped": self.skipped, "scaler": self.scaler.state_dict()}
@@ -209,6 +205,13 @@ class LossScaler:
     def load_state_dict(self, state: dict) -> None:
         self.skipped = state["skipped"]
         self.scaler.load_state_dict(state["scaler"])
+
+
+def overflow(steps: int, rate: float) -> FloatingPointError:
+    return FloatingPointError(
+        f"expected finite gradients in float16, found others in {steps} steps, the last "
+        f"at learning rate {float(rate):.4g}: lower it, or look for NaN in the images"
+    )
 
 
 # ---------------------------------------------------------------- testing

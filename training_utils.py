@@ -33,6 +33,7 @@ from hardware import (
     forward,
     keep_freed_memory,
     keep_precision,
+    overflow,
     processor,
     split_for_cache,
     usable_cores,
@@ -157,13 +158,7 @@ def fit(
             start_epoch(train_loader, epoch, seed)
             try:
                 train_loss, train_accuracy = train(
-                    model,
-                    train_loader,
-                    optimizer,
-                    scheduler,
-                    scaler=scaler,
-                    step=step,
-                    after_step=average.update,
+                    model, train_loader, optimizer, scheduler, step=step, after_step=average.update
                 )
                 finish_norms(model, average, statistics)
                 test_loss, test_accuracy = test(average.module, test_loader, network=tested)
@@ -269,15 +264,16 @@ def gradient_step(
 ) -> StepFunction:
     """Returns `step(images, targets, soft_targets=None)`: one optimizer step; returns the logits before it.
 
-    Soft targets are a teacher's probabilities (B, classes). They are learnt in place of the
-    targets. `network` computes the same as the model, faster (`compiled`) or with batch norm over
-    all processes. `scaler` counts the steps that float16 skips.
+    In float16 a step may be skipped, which `scaler` counts; then the step returns None. Soft
+    targets are a teacher's probabilities (B, classes). They are learnt in place of the targets.
+    `network` computes the same as the model, faster (`compiled`) or with batch norm over all
+    processes.
     """
     scaler = scaler or LossScaler(model)
 
     def step(
         images: torch.Tensor, targets: torch.Tensor, soft_targets: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         scaler.remember_buffers()
         logits = forward(network or model, images)
         learnt = targets if soft_targets is None else soft_targets
@@ -286,8 +282,7 @@ def gradient_step(
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         average_over_processes(p.grad for p in model.parameters() if p.grad is not None)
-        scaler.step(optimizer)
-        return logits.detach()
+        return logits.detach() if scaler.step(optimizer) else None
 
     return step
 
@@ -298,7 +293,6 @@ def train(
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler | None = None,
     *,
-    scaler: LossScaler | None = None,
     step: StepFunction | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
@@ -310,8 +304,7 @@ def train(
     skips counts neither in the means nor for the scheduler.
 
     Args:
-        scaler: of float16, for several epochs; by default a new one.
-        step: a `gradient_step` with this scaler; by default one of this model and optimizer.
+        step: a `gradient_step`; by default one of this model and optimizer.
         after_step: called after every step.
 
     Raises:
@@ -324,8 +317,7 @@ def train(
     """
     check_optimizer(model, optimizer, scheduler)
     device = next(model.parameters()).device
-    scaler = scaler or LossScaler(model)
-    step = step or gradient_step(model, optimizer, scaler=scaler)
+    step = step or gradient_step(model, optimizer)
     training_mode(model)
     totals = Totals()
     redraw_at = time.monotonic()
@@ -333,9 +325,8 @@ def train(
         for batch_id, batch in enumerate(bar):
             images, targets, *answers = tensors_of(batch, device, 3)
             rate = optimizer.param_groups[0]["lr"] + 0  # a copy, because it may be a tensor
-            skipped = scaler.skipped
             logits = step(images, targets, *answers)
-            if scaler.skipped == skipped:
+            if logits is not None:
                 if scheduler is not None:
                     scheduler.step()
                 after_step()
@@ -346,7 +337,7 @@ def train(
                 totals.check_finite(len(loader))
             if last:
                 if not totals.samples:
-                    raise scaler.overflow(rate)
+                    raise overflow(len(loader), rate)
                 share = totals.samples
                 totals.sum_over_processes()
                 check_share(share, totals.samples)

@@ -117,7 +117,7 @@ def test_the_random_state_of_an_accelerator_is_kept(kind, count, monkeypatch):
     module = SimpleNamespace(
         get_rng_state=lambda device=0: states[device], set_rng_state=set_state, device_count=lambda: count
     )
-    monkeypatch.setattr(checkpoint, "best_device", lambda: torch.device(kind))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device(kind))
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     before, saved = list(states), checkpoint.random_state([])
     states[:] = [torch.zeros(1, dtype=torch.uint8) + 9] * count

@@ -92,7 +92,11 @@ def check_overflow_on_one(rank):
         scaler = hardware.LossScaler(net)
         steps = []
         training_utils.train(
-            net, list(zip(images, targets)), optimizer, scaler=scaler, after_step=lambda: steps.append(1)
+            net,
+            list(zip(images, targets)),
+            optimizer,
+            step=training_utils.gradient_step(net, optimizer, scaler=scaler),
+            after_step=lambda: steps.append(1),
         )
     assert scaler.skipped == 1 and len(steps) == 3 and net[1].weight.isfinite().all()
 

@@ -123,7 +123,6 @@ def test_a_skipped_step_counts_for_nobody(value):
         Batches({2, 5}, value),
         optimizer,
         schedule,
-        scaler=scaler,
         step=watched,
         after_step=lambda: updates.append(1),
     )
@@ -213,5 +212,6 @@ def test_other_precisions_take_plain_steps():
     loss = torch.tensor(2.0)
     assert scaler.scale(loss) is loss
     state = scaler.state_dict()
-    train(net, Batches(), optimizer_of(net), scaler=scaler)
+    optimizer = optimizer_of(net)
+    train(net, Batches(), optimizer, step=gradient_step(net, optimizer, scaler=scaler))
     assert scaler.state_dict() == state
