@@ -12,7 +12,6 @@ and used on the other half, both ways.
 """
 
 import argparse
-import csv
 import functools
 import os
 import sys
@@ -23,7 +22,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import albumentations as A
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -32,16 +30,15 @@ from tqdm import tqdm
 
 import muon
 import training_utils
+from ablations import COMMIT, append, images_at
 from batches import BatchLoader
-from cifar10 import find_cifar10
-from dataset import AlbumentationsCIFAR10, AlbumentationsImages, test_transform, train_transform
+from dataset import test_transform, train_transform
 from hardware import evaluation_mode, forward, precision, split_for_cache
 from model import Net, Teacher, whitening
-from parameters import describe_commit
 from utils import set_seed
 
-COMMIT = describe_commit()
 FOLDER = Path(os.environ.get("ARMS", ROOT / "runs" / "arms"))
+TABLE = FOLDER / "arms.csv"
 HELD_OUT, VIEWS, EPOCHS, TEACHER_EPOCHS = 10_000, 16, 32, 20
 MIXED = [view for view in range(1, VIEWS + 1) if view % 8 in (2, 5, 7)]
 CHANGES = ("mirrored", "squared", "rates", "warm-up", "standardized", "cutmix")
@@ -50,18 +47,6 @@ PLAN = [(a, b, c, -a * b, -a * c, -b * c) for a in (-1, 1) for b in (-1, 1) for 
 
 
 # ---------------------------------------------------------------- images
-
-
-@functools.cache
-def training_images() -> AlbumentationsCIFAR10:
-    return AlbumentationsCIFAR10(find_cifar10(os.environ.get("CIFAR10_ROOT") or ROOT / "data", "full"))
-
-
-def images_at(start: int, end: int | None, transform: A.Compose) -> AlbumentationsImages:
-    images = training_images()
-    indices = np.random.default_rng(0).permutation(len(images))[start:end]
-    targets = [images.targets[i] for i in indices]
-    return AlbumentationsImages(images.data[indices], targets, images.classes, transform, 0)
 
 
 def learning_images() -> BatchLoader:
@@ -109,13 +94,12 @@ class Pictures:
 def gradient_step_with(loss):
     """`training_utils.gradient_step` with another loss of (logits, targets, answers)."""
 
-    def gradient_step(model, optimizer, network=None):
+    def gradient_step(model, optimizer, network, scaler):
         def step(images, targets, answers=None):
             logits = forward(network or model, images)
             optimizer.zero_grad()
-            loss(logits, targets, answers).backward()
-            optimizer.step()
-            return logits.detach()
+            scaler.scale(loss(logits, targets, answers)).backward()
+            return logits.detach() if scaler.step(optimizer) else None
 
         return step
 
@@ -331,16 +315,6 @@ def held_out_scores(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, st
     }
 
 
-def append(row: dict) -> None:
-    table = FOLDER / "arms.csv"
-    new = not table.exists()
-    with open(table, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["answers", "factorial", "run"])
@@ -356,10 +330,12 @@ def main() -> None:
         for number in map(int, arguments.names):
             changes = {change for change, level in zip(CHANGES, PLAN[number]) if level > 0}
             kind = "squared" if "squared" in changes else "labels"
-            append(run(changes, 100 + number, [(kind, 0)], arguments.epochs))
+            append(run(changes, 100 + number, [(kind, 0)], arguments.epochs), TABLE)
     else:
         teachers = [(name.partition(":")[0], int(name.partition(":")[2] or 0)) for name in arguments.teachers]
-        append(run(set(arguments.names), arguments.seed, teachers or [("labels", 0)], arguments.epochs))
+        append(
+            run(set(arguments.names), arguments.seed, teachers or [("labels", 0)], arguments.epochs), TABLE
+        )
 
 
 if __name__ == "__main__":

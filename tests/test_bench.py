@@ -10,9 +10,11 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 import ablations
+import arms
 import bench
 import original
 import peers
+from batches import BatchLoader
 from dataset import ASSETS, AlbumentationsCIFAR10, train_transform
 from model import Net
 
@@ -190,3 +192,37 @@ def test_held_out_images_are_never_learnt(monkeypatch):
     learnt = {image.numpy().tobytes() for image in loader.images}
     assert len(loader.images) == 1800
     assert not learnt & {image.tobytes() for image in held_out.data}
+
+
+# ---------------------------------------------------------------- several changes at once
+
+
+def test_the_scaled_loss_does_not_depend_on_how_soft_the_answers_are():
+    torch.manual_seed(0)
+    targets = torch.randint(10, (1000,))
+    logits = torch.randn(1000, 10) + 2 * F.one_hot(targets, 10)
+    scores = [arms.held_out_scores(factor * logits, targets) for factor in (0.6, 1.0, 1.6)]
+    assert len({score["loss"] for score in scores}) == 3
+    assert max(abs(float(score["scaled_loss"]) - float(scores[1]["scaled_loss"])) for score in scores) < 5e-4
+
+
+def test_each_change_is_made_in_half_of_the_runs_and_independently_of_the_others():
+    plan = torch.tensor(arms.PLAN)
+    assert torch.equal(plan.T @ plan, 8 * torch.eye(len(arms.CHANGES), dtype=int))
+    assert (plan[0] == -1).all(), "the first run changes nothing"
+
+
+def test_mixed_pictures_are_pasted_from_two_of_the_same_view():
+    images = AlbumentationsCIFAR10(ASSETS, transform=train_transform())
+    images.data, images.targets = images.data[:64], images.targets[:64]
+    pictures = arms.Pictures(BatchLoader(images, 16, shuffle=True))
+    order = torch.arange(64)
+    plain, mixed = (torch.cat([x for x, _ in pictures.batches(order, 16, 2, kind)]) for kind in (False, True))
+    other = mixed != plain
+    shares = other.flatten(1).float().mean(1)
+    assert 0.2 < shares.mean() < 0.6 and shares.min() < 0.1 and shares.max() > 0.8
+    columns = plain.permute(1, 0, 2, 3).reshape(3, 64, -1)
+    for picture, changed in zip(mixed[:8], other[:8]):
+        place = changed.any(0).flatten()
+        sources = (columns[:, :, place] == picture.flatten(1)[:, None, place]).all(2).all(0)
+        assert sources.sum() == 1 or not place.any()
