@@ -116,6 +116,7 @@ def label_loss(logits, targets, answers=None):
 
 
 def teacher_of(kind: str, seed: int) -> Teacher:
+    """A teacher that has learnt the 40,000 images, by labels or by a squared loss; kept under runs/arms."""
     training_utils.gradient_step = gradient_step_with({"labels": label_loss, "squared": squared_loss}[kind])
     set_seed(seed)
     loader = learning_images()
@@ -249,6 +250,7 @@ def standardize(z: torch.Tensor) -> torch.Tensor:
 
 
 def plan(network, steps: int, rate: float, warm_up: float):
+    """`muon.plan` with its peak rates times `rate`, and another share of the run to reach them."""
     optimizer, _ = muon.plan(network, steps, learning_rate=0.015 * rate, sgd_learning_rate=0.2 * rate)
 
     def share(step: int) -> float:
@@ -261,6 +263,7 @@ def plan(network, steps: int, rate: float, warm_up: float):
 
 
 def run(changes: set[str], seed: int, teachers: list[tuple[str, int]], epochs: int = EPOCHS) -> dict:
+    """Train a `Net` with these changes; returns the line for the table."""
     start = time.perf_counter()
     loss = standardized_loss if "standardized" in changes else answer_loss
     training_utils.gradient_step = gradient_step_with(loss)
@@ -301,6 +304,7 @@ def run(changes: set[str], seed: int, teachers: list[tuple[str, int]], epochs: i
 
 
 def held_out_scores(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, str]:
+    """Accuracy in percent, loss, and the loss after one factor for the logits: see above."""
     halves = torch.arange(len(targets)) % 2 == 0
     losses = []
     for fitted in (halves, ~halves):
