@@ -262,6 +262,7 @@ def record(change: str, seed: int, epochs: int) -> dict:
         "change": change,
         "epochs": epochs,
         "seed": seed,
+        "held_out": HELD_OUT,
         "accuracy": f"{last['test_accuracy']:.2f}",
         "loss": f"{last['test_loss']:.4f}",
         "train_accuracy": f"{last['train_accuracy']:.2f}",
@@ -275,10 +276,12 @@ def record(change: str, seed: int, epochs: int) -> dict:
 
 
 def append(row: dict, table: Path) -> None:
-    new = not table.exists() or not table.stat().st_size
-    with open(table, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
+    """Add a line to a table, which may have more columns."""
+    with open(table, "a+", newline="", encoding="utf-8") as file:
+        file.seek(0)
+        columns = next(csv.reader(file), None)
+        writer = csv.DictWriter(file, columns or row)
+        if columns is None:
             writer.writeheader()
         writer.writerow(row)
 

@@ -38,7 +38,7 @@ from model import Net, Teacher, whitening
 from utils import set_seed
 
 FOLDER = Path(os.environ.get("ARMS", ROOT / "runs" / "arms"))
-TABLE = FOLDER / "arms.csv"
+TABLE = ROOT / "assets" / "ablations.csv"
 HELD_OUT, VIEWS, EPOCHS, TEACHER_EPOCHS = 10_000, 16, 32, 20
 MIXED = [view for view in range(1, VIEWS + 1) if view % 8 in (2, 5, 7)]
 CHANGES = ("mirrored", "squared", "rates", "warm-up", "standardized", "cutmix")
@@ -292,6 +292,7 @@ def run(changes: set[str], seed: int, teachers: list[tuple[str, int]], epochs: i
         "change": f"40,000 images, teacher {' and '.join(names)}: {', '.join(sorted(changes)) or 'nothing'}",
         "epochs": epochs,
         "seed": seed,
+        "held_out": HELD_OUT,
         **held_out_scores(logits, torch.tensor(held_out().targets)),
         "train_accuracy": f"{history[-1]['train_accuracy']:.2f}",
         "train_loss": f"{history[-1]['train_loss']:.4f}",

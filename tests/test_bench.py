@@ -178,6 +178,9 @@ def test_a_run_adds_a_line_to_its_table_also_behind_a_link(tmp_path):
     for seed in (0, 1):
         ablations.append({"change": "labels", "seed": seed}, tmp_path / "link.csv")
     assert (tmp_path / "table.csv").read_text().splitlines() == ["change,seed", "labels,0", "labels,1"]
+    (tmp_path / "wider.csv").write_text("seed,loss,change\n0,0.5,labels\n")
+    ablations.append({"change": "dropout", "seed": 1}, tmp_path / "wider.csv")
+    assert (tmp_path / "wider.csv").read_text().splitlines()[-1] == "1,,dropout"
     (tmp_path / "empty.csv").touch()
     ablations.append({"change": "labels"}, tmp_path / "empty.csv")
     assert (tmp_path / "empty.csv").read_text().splitlines() == ["change", "labels"]

