@@ -101,10 +101,8 @@ class BatchTransform:
                 values = next(remaining)
                 table.append(stage.columns(values, values["applied"][:, None]))
             size = stage.output_size(size)
-        # float32 here, because some devices lack float64.
-        return torch.from_numpy(np.concatenate(table, 1, dtype=np.float32, casting="same_kind")).to(
-            self.device
-        )
+        numbers = np.concatenate(table, 1).astype(np.float32)  # here: some devices lack float64
+        return torch.from_numpy(numbers).to(self.device)
 
     def __call__(self, images: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """uint8 (N, H, W, 3) and their N rows of `draw` to float32 (N, 3, H', W'), all on the device.

@@ -51,8 +51,10 @@ class Totals:
         return math.fsum(self.losses) / self.samples, 100 * self.correct / self.samples
 
     def check_finite(self, steps: int) -> None:
+        """Raise FloatingPointError if one of the batches that nobody has read has no finite loss."""
+        first = len(self.losses)
         self.read()
-        for loss, (number, rate) in zip(self.losses, self.steps):
+        for loss, (number, rate) in zip(self.losses[first:], self.steps[first:]):
             if not math.isfinite(loss):
                 raise FloatingPointError(
                     f"expected a finite loss, found {loss} in step {number} of {steps} "
