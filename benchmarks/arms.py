@@ -1,22 +1,22 @@
-"""Many changes of the recipe at once, judged by 10,000 held-out training images.
+"""Changes of the recipe, judged by 10,000 held-out training images.
 
-    python benchmarks/arms.py answers labels       train a teacher, and keep its answers under runs/arms
-    python benchmarks/arms.py answers squared      the same, taught with a squared loss
-    python benchmarks/arms.py factorial 0 3 5 6    four of eight runs, each with half of the changes
-    python benchmarks/arms.py run mirrored cutmix  one run with these changes
+    python benchmarks/arms.py answers               train a teacher, and keep its answers under runs/arms
+    python benchmarks/arms.py run --epochs 50       train the network with these answers
+    python benchmarks/arms.py run rates cutmix      the same with two changes
+    python benchmarks/arms.py run --trunk FILE --order 1    the last fifth of a run in another order
+    python benchmarks/arms.py mean FILE FILE        the mean of their weights
 
 The network learns the other 40,000 training images, and no test image is used. All runs see the
-same pictures and the same answers. Each adds a line to assets/ablations.csv. `scaled_loss` is the
-held-out loss after the logits are multiplied by one factor, which is fitted on half of the images
-and used on the other half, both ways.
+same pictures and the same answers, means over a picture and its mirror image. Each adds a line to
+assets/ablations.csv. `scaled_loss` is the held-out loss after the logits are multiplied by one
+factor, which is fitted on half of the images and used on the other half, both ways.
 """
 
 import argparse
-import functools
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,17 +33,17 @@ import training_utils
 from ablations import COMMIT, append, images_at
 from batches import BatchLoader
 from dataset import test_transform, train_transform
-from hardware import evaluation_mode, forward, precision, split_for_cache
+from hardware import autocast, evaluation_mode, forward, precision, split_for_cache
 from model import Net, Teacher, whitening
 from utils import set_seed
+from weight_average import WeightAverage
 
 FOLDER = Path(os.environ.get("ARMS", ROOT / "runs" / "arms"))
 TABLE = ROOT / "assets" / "ablations.csv"
-HELD_OUT, VIEWS, EPOCHS, TEACHER_EPOCHS = 10_000, 16, 32, 20
+HELD_OUT, VIEWS, TEMPERATURE, TEACHER_EPOCHS = 10_000, 16, 2.0, 20
 MIXED = [view for view in range(1, VIEWS + 1) if view % 8 in (2, 5, 7)]
-CHANGES = ("mirrored", "squared", "rates", "warm-up", "standardized", "cutmix")
-# A 2^(6-3) plan: the last three columns are products of the first three. Run 0 changes nothing.
-PLAN = [(a, b, c, -a * b, -a * c, -b * c) for a in (-1, 1) for b in (-1, 1) for c in (-1, 1)]
+CHANGES = ("rates", "warm-up", "cutmix", "decoupled", "sharpness")
+RADIUS = 0.04  # of "sharpness"
 
 
 # ---------------------------------------------------------------- images
@@ -88,36 +88,11 @@ class Pictures:
             yield torch.where(inside, others, images), indices
 
 
-# ---------------------------------------------------------------- teachers
+# ---------------------------------------------------------------- the teacher
 
 
-def gradient_step_with(loss):
-    """`training_utils.gradient_step` with another loss of (logits, targets, answers)."""
-
-    def gradient_step(model, optimizer, network, scaler):
-        def step(images, targets, answers=None):
-            logits = forward(network or model, images)
-            optimizer.zero_grad()
-            scaler.scale(loss(logits, targets, answers)).backward()
-            return logits.detach() if scaler.step(optimizer) else None
-
-        return step
-
-    return gradient_step
-
-
-def squared_loss(logits, targets, answers=None):
-    """Hamidi et al. 2024: the distance of the probabilities to the labels."""
-    return 5 * (logits.softmax(1) - F.one_hot(targets, logits.shape[1])).square().sum(1).mean()
-
-
-def label_loss(logits, targets, answers=None):
-    return F.cross_entropy(logits, targets)
-
-
-def teacher_of(kind: str, seed: int) -> Teacher:
-    """A teacher that has learnt the 40,000 images, by labels or by a squared loss; kept under runs/arms."""
-    training_utils.gradient_step = gradient_step_with({"labels": label_loss, "squared": squared_loss}[kind])
+def teacher_of(seed: int) -> Teacher:
+    """A teacher that has learnt the 40,000 images, kept under runs/arms."""
     set_seed(seed)
     loader = learning_images()
     teacher = Teacher(whitening(next(iter(loader))[0]))
@@ -131,9 +106,9 @@ def teacher_of(kind: str, seed: int) -> Teacher:
         epochs=TEACHER_EPOCHS,
         ema_decay=0.995,
         compile=True,
-        checkpoint=FOLDER / f"teacher_{kind}_{seed}.pt",
-        history_file=FOLDER / f"teacher_{kind}_{seed}.csv",
-        recipe={"kind": kind, "seed": seed},
+        checkpoint=FOLDER / f"teacher_{seed}.pt",
+        history_file=FOLDER / f"teacher_{seed}.csv",
+        recipe={"seed": seed},
     )
     return teacher
 
@@ -151,58 +126,42 @@ def logits_of(network, batches, total=None) -> torch.Tensor:
     return torch.cat(parts).half()
 
 
-def keep_answers(kind: str, seed: int = 0) -> None:
+def keep_answers(seed: int) -> None:
     """Ask the teacher about all views, plain and mixed; one file each."""
-    teacher = teacher_of(kind, seed)
+    teacher = teacher_of(seed)
     pictures = Pictures(learning_images())
     order = torch.arange(pictures.count)
     plain, mirrored = logits_of(teacher, held_out()).unbind(1)
     targets = torch.tensor(held_out().targets)
     both = (plain.float().softmax(1) + mirrored.float().softmax(1)).log()
     for name, logits in (("one view", plain), ("with its mirror image", both)):
-        print(kind, name, held_out_scores(logits.float(), targets), flush=True)
+        print(f"teacher {seed}, {name}: {held_out_scores(logits.float(), targets)}", flush=True)
     for view in range(1, VIEWS + 1):
         for mixed in (False, True) if view in MIXED else (False,):
-            file = answer_file(kind, seed, view, mixed)
+            file = answer_file(seed, view, mixed)
             if not file.exists():
                 answers = logits_of(teacher, pictures.batches(order, 1000, view, mixed), 40)
                 torch.save(answers, file.with_suffix(".partial"))
                 os.replace(file.with_suffix(".partial"), file)
 
 
-def answer_file(kind: str, seed: int, view: int, mixed: bool) -> Path:
-    return FOLDER / f"answers_{kind}_{seed}_{view}{'_mixed' * mixed}.pt"
-
-
-@functools.cache
-def softness(kind: str, seed: int) -> float:
-    """The temperature at which answers have the same mean entropy as those of "labels" at 2."""
-    if kind == "labels":
-        return 2.0
-    wanted = entropy(torch.load(answer_file("labels", 0, 1, False))[:, 0].float() / 2)
-    logits = torch.load(answer_file(kind, seed, 1, False))[:, 0].float()
-    low, high = 0.1, 10.0
-    for _ in range(30):
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if entropy(logits / middle) < wanted else (low, middle)
-    print(f"temperature of {kind}: {middle:.3f}")
-    return middle
-
-
-def entropy(logits: torch.Tensor) -> float:
-    return -(logits.softmax(1) * logits.log_softmax(1)).sum(1).mean().item()
+def answer_file(seed: int, view: int, mixed: bool) -> Path:
+    return FOLDER / f"answers_{seed}_{view}{'_mixed' * mixed}.pt"
 
 
 class AnsweredLoader:
-    """Batches (images, targets, answers) from the files."""
+    """Batches (images, targets, answers) from the files. `first`: the epochs that a branch has behind it."""
 
-    def __init__(self, teachers: list[tuple[str, int]], mirrored: bool, cutmix: bool, epochs: int):
-        self.pictures = Pictures(learning_images())
-        self.teachers, self.mirrored, self.cutmix, self.epochs = teachers, mirrored, cutmix, epochs
+    def __init__(self, teachers: list[int], cutmix: bool, epochs: int, first: int = 0, order: int = 0):
+        images = learning_images()
+        self.pictures = Pictures(images)
+        self.teachers, self.cutmix, self.epochs, self.first = teachers, cutmix, epochs, first
+        self.order = 1000 * order
         self.answers = {}
 
     def set_epoch(self, epoch: int) -> None:
-        self.pictures.loader.set_epoch(epoch)
+        epoch += self.first
+        self.pictures.loader.set_epoch(epoch + self.order)
         plain = [view for view in range(1, VIEWS + 1) if view not in MIXED]
         self.view = (epoch - 1) % VIEWS + 1
         self.mixed = self.cutmix and self.view in MIXED
@@ -213,10 +172,8 @@ class AnsweredLoader:
         key = self.view, self.mixed
         if key not in self.answers:
             total = 0
-            for kind, seed in self.teachers:
-                logits = torch.load(answer_file(kind, seed, *key)).float() / softness(kind, seed)
-                shares = logits.softmax(2)
-                total = total + (shares.mean(1) if self.mirrored else shares[:, 0])
+            for seed in self.teachers:
+                total = total + (torch.load(answer_file(seed, *key)).float() / TEMPERATURE).softmax(2).mean(1)
             self.answers[key] = total / len(self.teachers)
         return self.answers[key]
 
@@ -229,32 +186,57 @@ class AnsweredLoader:
             yield images, loader.targets[indices], answers[indices]
 
 
-# ---------------------------------------------------------------- losses of the pupil
+# ---------------------------------------------------------------- the changes
 
 
-def answer_loss(logits, targets, answers):
-    return F.cross_entropy(logits, answers)
+def decoupled_loss(logits, answers):
+    """Cross-entropy in which all classes but the teacher's first count twice.
+
+    After the decoupled distillation of Zhao et al. 2022, arXiv:2203.08679.
+    """
+    first = answers.argmax(1, keepdim=True)
+    others = answers.scatter(1, first, 0)
+    return F.cross_entropy(logits, answers) + F.cross_entropy(logits.scatter(1, first, -1e4), others)
 
 
-def standardized_loss(logits, targets, answers):
-    """Sun et al. 2024, arXiv:2403.01427, at temperature 1."""
-    theirs = standardize(answers.clamp(min=1e-7).log())
-    return F.cross_entropy(standardize(logits), theirs.softmax(1))
+def gradient_step_with(loss: Callable, radius: float):
+    """`training_utils.gradient_step` with another loss, and the gradient of weights that are `radius` uphill.
+
+    Foret et al. 2021, arXiv:2010.01412; `radius` is a share of each bank's norm. 0: the gradient here.
+    """
+
+    def gradient_step(model, optimizer, network, scaler):
+        banks = muon.parameter_groups(model)[0]
+
+        def gradient(images, answers):
+            logits = forward(network or model, images)
+            optimizer.zero_grad()
+            loss(logits, answers).backward()
+            return logits.detach()
+
+        def step(images, targets, answers):
+            logits = gradient(images, answers)
+            if radius:
+                moves = [p.grad * (radius * p.detach().norm() / p.grad.norm()) for p in banks]
+                with torch.no_grad():
+                    torch._foreach_add_(banks, moves)
+                gradient(images, answers)
+                with torch.no_grad():
+                    torch._foreach_sub_(banks, moves)
+            optimizer.step()
+            return logits
+
+        return step
+
+    return gradient_step
 
 
-def standardize(z: torch.Tensor) -> torch.Tensor:
-    return (z - z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + 1e-6)
-
-
-# ---------------------------------------------------------------- one run
-
-
-def plan(network, steps: int, rate: float, warm_up: float):
-    """`muon.plan` with its peak rates times `rate`, and another share of the run to reach them."""
+def plan(network, steps: int, rate: float, warm_up: float, done: int = 0):
+    """`muon.plan` with its peak rates times `rate` and another warm-up, from the step `done` on."""
     optimizer, _ = muon.plan(network, steps, learning_rate=0.015 * rate, sgd_learning_rate=0.2 * rate)
 
     def share(step: int) -> float:
-        part = step / steps
+        part = (step + done) / steps
         if part < warm_up:
             return muon.START + (1 - muon.START) * part / warm_up
         return max(0.0, (1 - part) / (1 - warm_up))
@@ -262,46 +244,92 @@ def plan(network, steps: int, rate: float, warm_up: float):
     return optimizer, LambdaLR(optimizer, share)
 
 
-def run(changes: set[str], seed: int, teachers: list[tuple[str, int]], epochs: int = EPOCHS) -> dict:
-    """Train a `Net` with these changes; returns the line for the table."""
+# ---------------------------------------------------------------- one run
+
+
+def run(
+    changes: set[str], seed: int, teachers: list[int], epochs: int, trunk: Path | None = None, order: int = 0
+) -> dict:
+    """Train a `Net` with these changes, from the start or from a trunk on; returns the line for the table."""
     start = time.perf_counter()
-    loss = standardized_loss if "standardized" in changes else answer_loss
-    training_utils.gradient_step = gradient_step_with(loss)
-    loader = AnsweredLoader(teachers, "mirrored" in changes, "cutmix" in changes, epochs)
+    done = int(0.8 * epochs) if trunk else 0
+    loss = decoupled_loss if "decoupled" in changes else F.cross_entropy
+    training_utils.gradient_step = gradient_step_with(loss, RADIUS if "sharpness" in changes else 0.0)
+    loader = AnsweredLoader(teachers, "cutmix" in changes, epochs, done, order)
     loader.set_epoch(1)
     set_seed(seed)
     net = Net()
     rate, warm_up = 0.6 if "rates" in changes else 1.0, 0.08 if "warm-up" in changes else 0.2
-    optimizer, schedule = plan(net, epochs * len(loader), rate, warm_up)
-    plain = BatchLoader(images_at(HELD_OUT, HELD_OUT + 5000, test_transform()), 500, True)
+    optimizer, schedule = plan(net, epochs * len(loader), rate, warm_up, done * len(loader))
+    if trunk:
+        state = torch.load(trunk)
+        net.load_state_dict(state["net"])
+        rates = [group["lr"] for group in optimizer.param_groups]
+        optimizer.load_state_dict(state["optimizer"])
+        for group, lr in zip(optimizer.param_groups, rates):
+            group["lr"] = lr
+    name = f"{'_'.join(sorted(changes)) or 'nothing'}_{seed}_{epochs}"
+
+    def keep_trunk(row: dict) -> None:
+        if not trunk and row["epoch"] == int(0.8 * epochs):
+            state = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state, FOLDER / f"trunk_{name}.pt")
+
     history = training_utils.fit(
         net,
         loader,
         held_out(1000),
         optimizer,
         schedule,
-        epochs=epochs,
+        epochs=epochs - done,
         ema_decay=0.995,
-        statistics=plain,
+        statistics=plain_images(),
         compile=True,
+        on_epoch=keep_trunk,
     )
-    logits = logits_of(net, held_out())[:, 0].float()
-    torch.save(net.state_dict(), FOLDER / f"net_{'_'.join(sorted(changes))}_{seed}_{epochs}.pt")
-    names = [f"{kind} {number}" for kind, number in teachers]
+    torch.save(net.state_dict(), FOLDER / f"net_{name}_{order}.pt")
+    what = ", ".join(sorted(changes)) or "nothing"
+    if trunk:
+        what += f"; from epoch {done} of {trunk.stem.removeprefix('trunk_')}, order {order}"
     return {
-        "change": f"40,000 images, teacher {' and '.join(names)}: {', '.join(sorted(changes)) or 'nothing'}",
+        **line(net, teachers, what, epochs, seed),
+        "train_accuracy": f"{history[-1]['train_accuracy']:.2f}",
+        "train_loss": f"{history[-1]['train_loss']:.4f}",
+        "seconds": round(time.perf_counter() - start),
+    }
+
+
+def line(net: Net, teachers: list[int], what: str, epochs: int, seed: int) -> dict:
+    """The columns of assets/ablations.csv that every run has."""
+    logits = logits_of(net, held_out())[:, 0].float()
+    names = " and ".join(map(str, teachers))
+    return {
+        "change": f"40,000 images, teacher {names}: {what}",
         "epochs": epochs,
         "seed": seed,
         "held_out": HELD_OUT,
         **held_out_scores(logits, torch.tensor(held_out().targets)),
-        "train_accuracy": f"{history[-1]['train_accuracy']:.2f}",
-        "train_loss": f"{history[-1]['train_loss']:.4f}",
-        "seconds": round(time.perf_counter() - start),
         "machine": f"CPU, {torch.get_num_threads()} threads, {str(precision(logits.device))[6:]}",
         "torch": torch.__version__,
         "commit": COMMIT,
         "command": f"python {' '.join(sys.argv)}",
     }
+
+
+def plain_images() -> BatchLoader:
+    return BatchLoader(images_at(HELD_OUT, HELD_OUT + 5000, test_transform()), 500, True)
+
+
+def mean_of(files: list[Path]) -> Net:
+    """The network with the mean weights of these, and statistics measured for them."""
+    states = [torch.load(file) for file in files]
+    net = Net()
+    net.load_state_dict({key: sum(state[key] for state in states) / len(states) for key in states[0]})
+    muon.fix_norms([p.data for p in muon.parameter_groups(net)[0]])
+    average = WeightAverage(net.train(), 0.0)
+    with autocast(torch.device("cpu")):
+        average.measure_norms(images for images, _ in plain_images())
+    return average.module
 
 
 def held_out_scores(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, str]:
@@ -322,25 +350,25 @@ def held_out_scores(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["answers", "factorial", "run"])
+    parser.add_argument("what", choices=["answers", "run", "mean"])
     parser.add_argument("names", nargs="*")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--teachers", nargs="+", default=[])
+    parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--teachers", type=int, nargs="+", default=[0])
+    parser.add_argument("--trunk", type=Path)
+    parser.add_argument("--order", type=int, default=0)
     arguments = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
+    seed, teachers, epochs = arguments.seed, arguments.teachers, arguments.epochs
     if arguments.what == "answers":
-        keep_answers(arguments.names[0], arguments.seed)
-    elif arguments.what == "factorial":
-        for number in map(int, arguments.names):
-            changes = {change for change, level in zip(CHANGES, PLAN[number]) if level > 0}
-            kind = "squared" if "squared" in changes else "labels"
-            append(run(changes, 100 + number, [(kind, 0)], arguments.epochs), TABLE)
+        keep_answers(seed)
+    elif arguments.what == "mean":
+        files = [Path(name) for name in arguments.names]
+        what = f"the mean of {' and '.join(file.stem for file in files)}"
+        append(line(mean_of(files), teachers, what, epochs, seed), TABLE)
     else:
-        teachers = [(name.partition(":")[0], int(name.partition(":")[2] or 0)) for name in arguments.teachers]
-        append(
-            run(set(arguments.names), arguments.seed, teachers or [("labels", 0)], arguments.epochs), TABLE
-        )
+        changes = set(arguments.names)
+        append(run(changes, seed, teachers, epochs, arguments.trunk, arguments.order), TABLE)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
@@ -209,10 +210,33 @@ def test_the_scaled_loss_does_not_depend_on_how_soft_the_answers_are():
     assert max(abs(float(score["scaled_loss"]) - float(scores[1]["scaled_loss"])) for score in scores) < 5e-4
 
 
-def test_each_change_is_made_in_half_of_the_runs_and_independently_of_the_others():
-    plan = torch.tensor(arms.PLAN)
-    assert torch.equal(plan.T @ plan, 8 * torch.eye(len(arms.CHANGES), dtype=int))
-    assert (plan[0] == -1).all(), "the first run changes nothing"
+def test_the_decoupled_loss_is_lowest_where_the_answers_are():
+    answers = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])
+    best = arms.decoupled_loss(answers.log(), answers)
+    others = torch.tensor([[2 / 3, 1 / 3], [1 / 4, 3 / 4]])
+    shares = torch.tensor([[0.3], [0.4]])
+    entropy = -(answers * answers.log()).sum(1) - (shares * others * others.log()).sum(1)
+    assert best.item() == pytest.approx(entropy.mean().item(), rel=1e-5)
+    assert arms.decoupled_loss(answers.log() + 0.1 * torch.eye(3)[:2], answers) > best
+
+
+def test_a_sharpness_aware_step_goes_by_the_gradient_uphill_from_where_it_is():
+    torch.manual_seed(0)
+    images, answers = torch.randn(8, 3, 4, 4).double(), torch.rand(8, 10).double().softmax(1)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 10, bias=False)).double()
+    start = net[1].weight.detach().clone()
+
+    def gradient(weight):
+        weight = weight.detach().requires_grad_()
+        loss = F.cross_entropy(images.flatten(1) @ weight.T, answers)
+        return torch.autograd.grad(loss, weight)[0]
+
+    here = gradient(start)
+    uphill = start + here * (0.1 * start.norm() / here.norm())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    arms.gradient_step_with(F.cross_entropy, 0.1)(net, optimizer, None, None)(images, None, answers)
+    assert torch.allclose(net[1].weight, start - 0.5 * gradient(uphill))
+    assert not torch.allclose(net[1].weight, start - 0.5 * here)
 
 
 def test_mixed_pictures_are_pasted_from_two_of_the_same_view():
