@@ -42,7 +42,7 @@ FOLDER = Path(os.environ.get("ARMS", ROOT / "runs" / "arms"))
 TABLE = ROOT / "assets" / "ablations.csv"
 HELD_OUT, VIEWS, TEMPERATURE, TEACHER_EPOCHS = 10_000, 16, 2.0, 20
 MIXED = [view for view in range(1, VIEWS + 1) if view % 8 in (2, 5, 7)]
-CHANGES = ("rates", "warm-up", "cutmix", "decoupled", "sharpness")
+CHANGES = ("rates", "warm-up", "cutmix", "decoupled", "sharpness", "half")
 RADIUS = 0.04  # of "sharpness"
 
 
@@ -152,10 +152,10 @@ def answer_file(seed: int, view: int, mixed: bool) -> Path:
 class AnsweredLoader:
     """Batches (images, targets, answers) from the files. `first`: the epochs that a branch has behind it."""
 
-    def __init__(self, teachers: list[int], cutmix: bool, epochs: int, first: int = 0, order: int = 0):
-        images = learning_images()
-        self.pictures = Pictures(images)
-        self.teachers, self.cutmix, self.epochs, self.first = teachers, cutmix, epochs, first
+    def __init__(self, teachers: list[int], changes: set[str], epochs: int, first: int = 0, order: int = 0):
+        self.pictures = Pictures(learning_images())
+        self.teachers, self.epochs, self.first = teachers, epochs, first
+        self.cutmix, self.half = "cutmix" in changes, "half" in changes
         self.order = 1000 * order
         self.answers = {}
 
@@ -165,6 +165,9 @@ class AnsweredLoader:
         plain = [view for view in range(1, VIEWS + 1) if view not in MIXED]
         self.view = (epoch - 1) % VIEWS + 1
         self.mixed = self.cutmix and self.view in MIXED
+        self.flipped = self.half and self.view > VIEWS // 2
+        if self.flipped:  # the answers to a view are also those to its mirror images
+            self.view -= VIEWS // 2
         if self.cutmix and epoch > 0.8 * self.epochs:
             self.view, self.mixed = plain[(epoch - 1) % len(plain)], False
 
@@ -183,7 +186,7 @@ class AnsweredLoader:
     def __iter__(self):
         loader, answers = self.pictures.loader, self.load()
         for images, indices in self.pictures.batches(loader.order(), 256, self.view, self.mixed):
-            yield images, loader.targets[indices], answers[indices]
+            yield images.flip(3) if self.flipped else images, loader.targets[indices], answers[indices]
 
 
 # ---------------------------------------------------------------- the changes
@@ -255,7 +258,7 @@ def run(
     done = int(0.8 * epochs) if trunk else 0
     loss = decoupled_loss if "decoupled" in changes else F.cross_entropy
     training_utils.gradient_step = gradient_step_with(loss, RADIUS if "sharpness" in changes else 0.0)
-    loader = AnsweredLoader(teachers, "cutmix" in changes, epochs, done, order)
+    loader = AnsweredLoader(teachers, changes, epochs, done, order)
     loader.set_epoch(1)
     set_seed(seed)
     net = Net()
