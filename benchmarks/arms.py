@@ -43,7 +43,7 @@ TABLE = ROOT / "assets" / "ablations.csv"
 HELD_OUT, VIEWS, TEMPERATURE, TEACHER_EPOCHS = 10_000, 16, 2.0, 20
 MIXED = [view for view in range(1, VIEWS + 1) if view % 8 in (2, 5, 7)]
 CHANGES = ("rates", "warm-up", "cutmix", "decoupled", "sharpness", "half")
-RADIUS = 0.04  # of "sharpness"
+RADIUS = 0.01  # of "sharpness"
 
 
 # ---------------------------------------------------------------- images
