@@ -291,7 +291,7 @@ def run(
         on_epoch=keep_trunk,
     )
     torch.save(net.state_dict(), FOLDER / f"net_{name}_{order}.pt")
-    what = ", ".join(sorted(changes)) or "nothing"
+    what = (", ".join(sorted(changes)) or "nothing").replace("sharpness", f"sharpness {RADIUS}")
     if trunk:
         what += f"; from epoch {done} of {trunk.stem.removeprefix('trunk_')}, order {order}"
     return {

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 import nbformat
 from safetensors import safe_open
 
+import held_out
 from bench import three_digits
 from checkpoint import write_file
 
@@ -341,43 +342,16 @@ def record_damage() -> str:
 # ---------------------------------------------------------------- recipe and how-to
 
 
-def held_out(change: str, epochs: int) -> list[float]:
-    rows = table("ablations.csv")
-    return [
-        float(row["accuracy"]) for row in rows if row["change"] == change and row["epochs"] == str(epochs)
-    ]
-
-
-def one_finding(label: str, change: str, epochs: int, baseline: str) -> list[str]:
-    """A row: the change's mean accuracy, and its difference to the baseline with a standard error."""
-    values, base = held_out(change, epochs), held_out(baseline, epochs)
-    # All runs are judged by the same 5,000 images, so more runs do not make this error smaller.
-    shares = [statistics.mean(part) / 100 for part in (values, base)]
-    error = 100 * sum(share * (1 - share) / 5000 for share in shares) ** 0.5
-    difference = statistics.mean(values) - statistics.mean(base)
-    reached = f"{statistics.mean(values):.2f} %"
-    return [label, str(epochs), reached, f"{difference:+.2f} ± {error:.2f}", f"{len(values)} and {len(base)}"]
+@place
+def findings() -> str:
+    """What each change of the recipe brings or costs in 16 epochs or 100."""
+    return markdown(*held_out.findings(table("ablations.csv")))
 
 
 @place
-def findings() -> str:
-    """What each change of the recipe brings or costs."""
-    rows = [
-        one_finding(
-            "today's, beside the recipe before the teacher",
-            "teacher S, 20 views, no cutout, no label, plain statistics",
-            100,
-            "notebook",
-        ),
-        one_finding("labels in place of the teacher", "labels", 16, "taught"),
-        one_finding("SGD in place of Muon", "taught, SGD", 16, "taught"),
-        one_finding("AdamW in place of Muon", "taught, AdamW, rate 3e-3, decay 0.05", 16, "taught"),
-        one_finding("twice the learning rates", "taught, twice the peak rates", 16, "taught"),
-        one_finding("no moving average", "taught, no average", 16, "taught"),
-        one_finding("no flip", "taught, no flip", 16, "taught"),
-        one_finding("dropout of 0.03", "taught, dropout 0.03", 16, "taught"),
-    ]
-    return markdown(["change", "epochs", "held out", "difference (points)", "runs"], rows)
+def experiments() -> str:
+    """What each change brings or costs, judged by 10,000 held-out images."""
+    return markdown(*held_out.experiments(table("ablations.csv")))
 
 
 @place
