@@ -30,16 +30,15 @@ from tqdm import tqdm
 
 import muon
 import training_utils
-from ablations import COMMIT, append, images_at
 from batches import BatchLoader
 from dataset import test_transform, train_transform
 from hardware import autocast, evaluation_mode, forward, precision, split_for_cache
+from held_out import COMMIT, TABLE, append, images_at
 from model import Net, Teacher, whitening
 from utils import set_seed
 from weight_average import WeightAverage
 
 FOLDER = Path(os.environ.get("ARMS", ROOT / "runs" / "arms"))
-TABLE = ROOT / "assets" / "ablations.csv"
 HELD_OUT, VIEWS, TEMPERATURE, TEACHER_EPOCHS = 10_000, 16, 2.0, 20
 MIXED = [view for view in range(1, VIEWS + 1) if view % 8 in (2, 5, 7)]
 CHANGES = ("rates", "warm-up", "cutmix", "decoupled", "sharpness", "half")
@@ -336,19 +335,25 @@ def mean_of(files: list[Path]) -> Net:
 
 
 def held_out_scores(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, str]:
-    """Accuracy in percent, loss, and the loss after one factor for the logits: see above."""
+    """Accuracy in percent, loss, the loss of scaled logits (see above), and the best factor for all."""
     halves = torch.arange(len(targets)) % 2 == 0
     losses = []
     for fitted in (halves, ~halves):
-        factors = torch.linspace(0.5, 4, 351)
-        values = [F.cross_entropy(factor * logits[fitted], targets[fitted]) for factor in factors]
-        best = factors[torch.stack(values).argmin()]
-        losses.append(F.cross_entropy(best * logits[~fitted], targets[~fitted]).item())
+        factor = best_factor(logits[fitted], targets[fitted])
+        losses.append(F.cross_entropy(factor * logits[~fitted], targets[~fitted]).item())
     return {
         "accuracy": f"{100 * (logits.argmax(1) == targets).double().mean().item():.2f}",
         "loss": f"{F.cross_entropy(logits, targets).item():.4f}",
         "scaled_loss": f"{sum(losses) / 2:.4f}",
+        "factor": f"{best_factor(logits, targets):.2f}",
     }
+
+
+def best_factor(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """By what the logits must be multiplied for the smallest loss: Guo et al. 2017, arXiv:1706.04599."""
+    factors = torch.linspace(0.5, 4, 351)
+    losses = [F.cross_entropy(factor * logits, targets) for factor in factors]
+    return factors[torch.stack(losses).argmin()].item()
 
 
 def main() -> None:

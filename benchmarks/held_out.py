@@ -1,9 +1,64 @@
-"""The tables of RECIPE.md: what changes of the recipe did to images held out from training.
+"""Images held out from training, and what changes of the recipe did to them (assets/ablations.csv).
 
-Each function takes the rows of assets/ablations.csv and returns a table: its header and its rows.
+    python benchmarks/held_out.py        draw assets/ablations.png
+
+benchmarks/arms.py adds its runs to the table. Older lines name the commit that has their code.
 """
 
+import csv
+import functools
+import itertools
+import os
 import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks the network for its version
+
+import albumentations as A
+import numpy as np
+from matplotlib.figure import Figure
+
+from checkpoint import save_figure
+from cifar10 import find_cifar10
+from dataset import AlbumentationsCIFAR10, AlbumentationsImages
+from parameters import describe_commit
+
+COMMIT = describe_commit()  # before the runs: what is edited meanwhile is not part of them
+TABLE = ROOT / "assets" / "ablations.csv"
+
+
+# ---------------------------------------------------------------- the images
+
+
+def images_at(start: int, end: int | None, transform: A.Compose, seed: int = 0) -> AlbumentationsImages:
+    """The training images at these places of a fixed random order, whose first are held out."""
+    images = training_images()
+    indices = np.random.default_rng(0).permutation(len(images))[start:end]
+    targets = [images.targets[i] for i in indices]
+    return AlbumentationsImages(images.data[indices], targets, images.classes, transform, seed)
+
+
+@functools.cache
+def training_images() -> AlbumentationsCIFAR10:
+    return AlbumentationsCIFAR10(find_cifar10(os.environ.get("CIFAR10_ROOT") or ROOT / "data", "full"))
+
+
+# ---------------------------------------------------------------- the table
+
+
+def append(row: dict, table: Path) -> None:
+    """Add a line to a table, which may have more columns."""
+    with open(table, "a+", newline="", encoding="utf-8") as file:
+        file.seek(0)
+        columns = next(csv.reader(file), None)
+        writer = csv.DictWriter(file, columns or row)
+        if columns is None:
+            writer.writeheader()
+        writer.writerow(row)
+
 
 Rows = list[dict[str, str]]
 Table = tuple[list[str], list[list[str]]]
@@ -14,6 +69,8 @@ def runs(rows: Rows, change: str, epochs: int) -> Rows:
 
 
 # ---------------------------------------------------------------- 5,000 held-out images
+
+JUDGES = 5000  # images
 
 
 def findings(rows: Rows) -> Table:
@@ -37,13 +94,53 @@ def findings(rows: Rows) -> Table:
         values, base = (
             [float(row["accuracy"]) for row in runs(rows, name, epochs)] for name in (change, baseline)
         )
-        # All runs are judged by the same 5,000 images, so more runs do not make this error smaller.
+        # All runs are judged by the same images, so more runs do not make this error smaller.
         shares = [statistics.mean(part) / 100 for part in (values, base)]
-        error = 100 * sum(share * (1 - share) / 5000 for share in shares) ** 0.5
+        error = 100 * sum(share * (1 - share) / JUDGES for share in shares) ** 0.5
         difference = f"{statistics.mean(values) - statistics.mean(base):+.2f} ± {error:.2f}"
         reached, counts = f"{statistics.mean(values):.2f} %", f"{len(values)} and {len(base)}"
         table.append([label, str(epochs), reached, difference, counts])
     return ["change", "epochs", "held out", "difference (points)", "runs"], table
+
+
+def plot(table: Path, picture: Path) -> None:
+    """Draw what each change of "taught" gains or costs in 16 epochs: a dot for each run.
+
+    Raises:
+        KeyError: the recipe, "taught", has no run with one of the seeds.
+    """
+    with open(table, encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["epochs"] == "16"]
+    rows = [row for row in rows if row["change"].startswith(("taught", "labels"))]
+    recipe = {row["seed"]: float(row["accuracy"]) for row in rows if row["change"] == "taught"}
+    gains = {}  # of each change: its seeds and gains
+    for row in rows:
+        if row["change"] != "taught":
+            gain = float(row["accuracy"]) - recipe[row["seed"]]
+            gains.setdefault(row["change"], {})[row["seed"]] = gain
+    order = sorted(gains, key=lambda change: statistics.mean(gains[change].values()))
+    mean = statistics.mean(recipe.values())
+    errors = 2 * (2 * mean * (100 - mean) / JUDGES) ** 0.5
+
+    figure = Figure((9, 1.2 + 0.24 * len(order)), dpi=150, layout="constrained")
+    title = "One change of the recipe, 16 epochs, the teacher's 8; 5,000 images held out from training judge"
+    figure.suptitle(title, fontsize=11)
+    axes = figure.subplots()
+    axes.axvspan(-errors, errors, color="#EEEEEE", label="within two standard errors of a difference")
+    axes.axvline(0, color="#777777", ls="--", lw=1.5, label=f"the recipe: {mean:.2f} %")
+    seeds = sorted({seed for gain in gains.values() for seed in gain})
+    colors, marks = itertools.cycle(("#0072B2", "#D55E00", "#009E73")), itertools.cycle("os^D")
+    for seed, color, mark in zip(seeds, colors, marks):
+        places = [place for place, change in enumerate(order) if seed in gains[change]]
+        dots = [gains[order[place]][seed] for place in places]
+        axes.scatter(dots, places, s=25, color=color, marker=mark, zorder=3, label=f"random seed {seed}")
+    axes.set_yticks(range(len(order)), [change.removeprefix("taught, ") for change in order])
+    axes.set_xlabel("held-out accuracy less the recipe's with the same seed (points)", fontsize=9.5)
+    axes.tick_params(labelsize=8.5)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8.5, loc="upper left")
+    save_figure(figure, picture)
 
 
 # ---------------------------------------------------------------- 10,000 held-out images
@@ -90,3 +187,7 @@ def experiments(rows: Rows) -> Table:
             cells += [f"{value:.{digits}f}{unit}", f"{value - before:+.{digits}f}"]
         table.append(cells)
     return ["change", "epochs", "held out", "difference (points)", "scaled loss", "difference"], table
+
+
+if __name__ == "__main__":
+    plot(TABLE, TABLE.with_suffix(".png"))

@@ -28,10 +28,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ablations import COMMIT, append
 from cifar10 import find_cifar10
 from dataset import MEAN, STD, AlbumentationsCIFAR10, AlbumentationsImages, test_transform, train_transform
 from hardware import accelerator_name, best_device, cpu_model, forward, precision
+from held_out import COMMIT, append
 from model import Net
 
 DEVICE = best_device()

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
-import ablations
 import arms
 import bench
+import held_out
 import original
 import peers
 from batches import BatchLoader
@@ -152,50 +152,26 @@ def test_autocast_and_channels_last_change_no_answer():
     assert next(fast.parameters()).is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("change", ablations.CHANGES)
-def test_every_change_of_the_recipe_trains_each_weight_once(change):
-    net = Net()
-    recipe = ablations.RECIPE | ablations.CHANGES[change]
-    optimizer, scheduler = recipe["plan"](net, 100)
-    trained = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(trained) == sorted(id(p) for p in net.parameters())
-    rates = [scheduler.lr_lambdas[0](step) for step in range(101)]
-    assert rates[0] == pytest.approx(0.04)
-    assert max(rates) == rates[20] == pytest.approx(1)
-    assert rates[100] == pytest.approx(0)
-    group = optimizer.param_groups[0]
-    assert group["lr"] == pytest.approx(0.04 * group["initial_lr"])
-
-
-def test_the_cosine_is_above_the_line_at_first_and_below_it_at_last():
-    _, line = ablations.RECIPE["plan"](Net(), 100)
-    _, cosine = ablations.cosine_plan(Net(), 100)
-    difference = [cosine.lr_lambdas[0](step) - line.lr_lambdas[0](step) for step in (10, 40, 60, 80)]
-    assert difference == pytest.approx([0, 0.1036, 0, -0.1036], abs=1e-3)
-
-
 def test_a_run_adds_a_line_to_its_table_also_behind_a_link(tmp_path):
     (tmp_path / "link.csv").symlink_to("table.csv")
     for seed in (0, 1):
-        ablations.append({"change": "labels", "seed": seed}, tmp_path / "link.csv")
+        held_out.append({"change": "labels", "seed": seed}, tmp_path / "link.csv")
     assert (tmp_path / "table.csv").read_text().splitlines() == ["change,seed", "labels,0", "labels,1"]
     (tmp_path / "wider.csv").write_text("seed,loss,change\n0,0.5,labels\n")
-    ablations.append({"change": "dropout", "seed": 1}, tmp_path / "wider.csv")
+    held_out.append({"change": "dropout", "seed": 1}, tmp_path / "wider.csv")
     assert (tmp_path / "wider.csv").read_text().splitlines()[-1] == "1,,dropout"
     (tmp_path / "empty.csv").touch()
-    ablations.append({"change": "labels"}, tmp_path / "empty.csv")
+    held_out.append({"change": "labels"}, tmp_path / "empty.csv")
     assert (tmp_path / "empty.csv").read_text().splitlines() == ["change", "labels"]
 
 
 def test_held_out_images_are_never_learnt(monkeypatch):
     images = AlbumentationsCIFAR10(ASSETS)
-    monkeypatch.setattr(ablations, "training_images", lambda: images)
-    monkeypatch.setattr(ablations, "HELD_OUT", 200)
-    loader = ablations.batch_loader(list, 256, seed=0)
-    held_out = ablations.images_at(0, 200, train_transform())
-    learnt = {image.numpy().tobytes() for image in loader.images}
-    assert len(loader.images) == 1800
-    assert not learnt & {image.tobytes() for image in held_out.data}
+    monkeypatch.setattr(held_out, "training_images", lambda: images)
+    monkeypatch.setattr(arms, "HELD_OUT", 200)
+    learnt = {image.numpy().tobytes() for image in arms.learning_images().images}
+    judges = {image.numpy().tobytes() for image in arms.held_out(200).images}
+    assert (len(learnt), len(judges)) == (1800, 200) and not learnt & judges
 
 
 # ---------------------------------------------------------------- several changes at once
@@ -208,6 +184,10 @@ def test_the_scaled_loss_does_not_depend_on_how_soft_the_answers_are():
     scores = [arms.held_out_scores(factor * logits, targets) for factor in (0.6, 1.0, 1.6)]
     assert len({score["loss"] for score in scores}) == 3
     assert max(abs(float(score["scaled_loss"]) - float(scores[1]["scaled_loss"])) for score in scores) < 5e-4
+    best = float(scores[1]["factor"])
+    assert [float(score["factor"]) for score in scores] == pytest.approx(
+        [best / 0.6, best, best / 1.6], abs=0.02
+    )
 
 
 def test_the_decoupled_loss_is_lowest_where_the_answers_are():

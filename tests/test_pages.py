@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors import safe_open
 from torchvision.datasets import CIFAR100
 
-import ablations
 import frontier
+import held_out
 import tables
 from batches import BatchLoader
 from conftest import REPOSITORY
@@ -81,7 +81,7 @@ def test_every_recorded_run_names_its_command_and_commit():
 @pytest.mark.parametrize("name", ["ablations.png", "frontier.png"])
 def test_pictures_are_drawn_from_their_tables(name, tmp_path):
     if name == "ablations.png":
-        ablations.plot(ASSETS / "ablations.csv", tmp_path / name)
+        held_out.plot(held_out.TABLE, tmp_path / name)
     else:
         frontier.plot(tmp_path / name)
     pictures = [Image.open(path).convert("L") for path in (tmp_path / name, ASSETS / name)]
