@@ -254,16 +254,17 @@ class TaughtLoader:
         self.teacher = teacher
         self.views = views
         self.answers: dict[int, torch.Tensor] = {}  # of each view, to all images
-        self.view = 1
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Use the order of this epoch, counted from 1, and ask the teacher if its view is new."""
+        self.epoch = epoch
         self.view = (epoch - 1) % self.views + 1
-        self.loader.set_epoch(epoch, self.view)
         self.ask()
 
     @torch.no_grad()
     def ask(self) -> None:
+        self.loader.set_epoch(self.epoch, self.view)  # again, if others used the loader meanwhile
         if self.view in self.answers:
             return
         count = len(self.loader.images)
@@ -299,7 +300,7 @@ class TaughtLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        if self.loader.epoch == 0:  # a loop that counts no epochs
+        if self.epoch == 0:  # a loop that counts no epochs
             self.set_epoch(1)
         self.ask()  # again, if it was interrupted
         answers = self.answers[self.view]  # of this view, even if another epoch is set meanwhile

@@ -209,6 +209,19 @@ def test_teacher_is_asked_once_about_each_view_and_its_answers_belong_to_the_pic
         torch.testing.assert_close(channel_means(pictures_of(alone)), answers_by_image[epoch - 1])
 
 
+def test_answers_belong_to_the_pictures_even_if_the_loader_is_used_before_and_meanwhile():
+    images = AlbumentationsCIFAR10(ASSETS, train=False, transform=train_transform())
+    inner = BatchLoader(images, 150, shuffle=True)
+    inner.set_epoch(20)  # as the training of a teacher leaves it
+    loader = TaughtLoader(inner, channel_means, views=2)
+    next(iter(loader))  # as a compiler looks at a batch
+    for epoch in (1, 2, 3):
+        loader.set_epoch(epoch)
+        inner.set_epoch(7)
+        pictures, _, answers = (torch.cat(parts) for parts in zip(*loader))
+        torch.testing.assert_close(answers, channel_means(pictures))
+
+
 def test_an_epoch_keeps_its_answers_when_the_next_one_is_set():
     images = AlbumentationsCIFAR10(ASSETS, train=False, transform=train_transform())
     loader = TaughtLoader(BatchLoader(images, 150, shuffle=True), channel_means, views=2)
