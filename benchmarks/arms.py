@@ -41,7 +41,7 @@ from weight_average import WeightAverage
 FOLDER = Path(os.environ.get("ARMS", ROOT / "runs" / "arms"))
 HELD_OUT, VIEWS, TEMPERATURE, TEACHER_EPOCHS = 10_000, 16, 2.0, 20
 MIXED = [view for view in range(1, VIEWS + 1) if view % 8 in (2, 5, 7)]
-CHANGES = ("rates", "warm-up", "cutmix", "decoupled", "sharpness", "half")
+CHANGES = ("rates", "warm-up", "cutmix", "decoupled", "sharpness", "half", "smoothed")
 RADIUS = 0.01  # of "sharpness"
 
 
@@ -154,7 +154,7 @@ class AnsweredLoader:
     def __init__(self, teachers: list[int], changes: set[str], epochs: int, first: int = 0, order: int = 0):
         self.pictures = Pictures(learning_images())
         self.teachers, self.epochs, self.first = teachers, epochs, first
-        self.cutmix, self.half = "cutmix" in changes, "half" in changes
+        self.cutmix, self.half, self.smoothed = (name in changes for name in ("cutmix", "half", "smoothed"))
         self.order = 1000 * order
         self.answers = {}
 
@@ -173,11 +173,16 @@ class AnsweredLoader:
     def load(self) -> torch.Tensor:
         key = self.view, self.mixed
         if key not in self.answers:
-            total = 0
-            for seed in self.teachers:
-                total = total + (torch.load(answer_file(seed, *key)).float() / TEMPERATURE).softmax(2).mean(1)
-            self.answers[key] = total / len(self.teachers)
+            self.answers[key] = self.read(*key)
+            if self.smoothed:  # half of what all views of an image are said to be
+                if "all" not in self.answers:
+                    self.answers["all"] = sum(self.read(view, False) for view in range(1, VIEWS + 1)) / VIEWS
+                self.answers[key] = (self.answers[key] + self.answers["all"]) / 2
         return self.answers[key]
+
+    def read(self, view: int, mixed: bool) -> torch.Tensor:
+        logits = [torch.load(answer_file(seed, view, mixed)).float() for seed in self.teachers]
+        return sum((part / TEMPERATURE).softmax(2).mean(1) for part in logits) / len(logits)
 
     def __len__(self) -> int:
         return len(self.pictures.loader)
