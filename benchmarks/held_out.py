@@ -157,6 +157,7 @@ EXPERIMENTS = [  # label, change, epochs, what it is beside
         20,
         "labels 0: mirrored",
     ),
+    ("… of two like teachers", "0 and 1: nothing", 20, "labels 0: mirrored"),
     ("standardized logits", "labels 0: mirrored, standardized", 20, "labels 0: mirrored"),
     ("all classes but the first count twice", "0: decoupled", 20, "labels 0: mirrored"),
     ("half as many views, also mirrored", "0: half", 20, "labels 0: mirrored"),
