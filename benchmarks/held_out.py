@@ -174,6 +174,7 @@ EXPERIMENTS = [  # label, change, epochs, what it is beside
         40,
         "0: nothing",
     ),
+    ("… radius 0.01", f"0: sharpness 0.01; {BRANCH}", 40, "0: nothing"),
 ]
 
 
