@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -41,7 +42,7 @@ from weight_average import WeightAverage
 FOLDER = Path(os.environ.get("ARMS", ROOT / "runs" / "arms"))
 HELD_OUT, VIEWS, TEMPERATURE, TEACHER_EPOCHS = 10_000, 16, 2.0, 20
 MIXED = [view for view in range(1, VIEWS + 1) if view % 8 in (2, 5, 7)]
-CHANGES = ("rates", "warm-up", "cutmix", "decoupled", "sharpness", "half", "smoothed")
+CHANGES = ("heads", "rates", "warm-up", "cutmix", "decoupled", "sharpness", "half", "smoothed")
 RADIUS = 0.01  # of "sharpness"
 
 
@@ -206,6 +207,56 @@ def decoupled_loss(logits, answers):
     return F.cross_entropy(logits, answers) + F.cross_entropy(logits.scatter(1, first, -1e4), others)
 
 
+class WithHeads(torch.nn.Module):
+    """A `Net` with two more classifiers while it learns, after stages 2 and 3: logits (N, 30), then (N, 10).
+
+    Deeply supervised nets: Lee et al. 2015, arXiv:1409.5185.
+    """
+
+    def __init__(self, net: Net):
+        super().__init__()
+        self.net = net
+        self.heads = torch.nn.ModuleList(self.head(width) for width in (40, 44))
+
+    @staticmethod
+    def head(width: int) -> torch.nn.Sequential:
+        parts = [("conv", torch.nn.Conv2d(width, 64, 3, padding=1, bias=False)), ("relu", torch.nn.ReLU())]
+        parts += [("norm", torch.nn.BatchNorm2d(64)), ("pool", torch.nn.AdaptiveAvgPool2d(1))]
+        parts += [("flat", torch.nn.Flatten()), ("classifier", torch.nn.Linear(64, 10, bias=False))]
+        return torch.nn.Sequential(OrderedDict(parts))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return self.net(x)
+        second = self.net.stage2(self.net.stage1(x))
+        third = self.net.stage3(second)
+        last = self.net.pool(self.net.stage4(third))
+        logits = self.net.classifier(self.net.norm(last)).flatten(1)
+        return torch.cat([logits, self.heads[0](second), self.heads[1](third)], 1)
+
+
+def gradient_step_with_heads(steps: int):
+    """A gradient step for `WithHeads`. The heads' losses count a fifth, and nothing in the last fifth."""
+
+    def gradient_step(model, optimizer, network, scaler):
+        done = 0
+
+        def step(images, targets, answers):
+            nonlocal done
+            weight = 0.2 * max(0.0, 1 - done / (0.8 * steps))
+            done += 1
+            logits = forward(network or model, images)
+            optimizer.zero_grad()
+            losses = [F.cross_entropy(part, answers) for part in logits.split(10, 1)]
+            (losses[0] + weight * (losses[1] + losses[2])).backward()
+            optimizer.step()
+            return logits[:, :10].detach()
+
+        return step
+
+    return gradient_step
+
+
 def gradient_step_with(loss: Callable, radius: float):
     """`training_utils.gradient_step` with another loss, and the gradient of weights that are `radius` uphill.
 
@@ -265,7 +316,9 @@ def run(
     loader = AnsweredLoader(teachers, changes, epochs, done, order)
     loader.set_epoch(1)
     set_seed(seed)
-    net = Net()
+    net = WithHeads(Net()) if "heads" in changes else Net()
+    if "heads" in changes:
+        training_utils.gradient_step = gradient_step_with_heads(epochs * len(loader))
     rate, warm_up = 0.6 if "rates" in changes else 1.0, 0.08 if "warm-up" in changes else 0.2
     optimizer, schedule = plan(net, epochs * len(loader), rate, warm_up, done * len(loader))
     if trunk:
