@@ -6,7 +6,6 @@ import time
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
@@ -15,7 +14,6 @@ import bench
 import held_out
 import original
 import peers
-from batches import BatchLoader
 from dataset import ASSETS, AlbumentationsCIFAR10, train_transform
 from model import Net
 
@@ -200,36 +198,38 @@ def test_the_decoupled_loss_is_lowest_where_the_answers_are():
     assert arms.decoupled_loss(answers.log() + 0.1 * torch.eye(3)[:2], answers) > best
 
 
-def test_a_sharpness_aware_step_goes_by_the_gradient_uphill_from_where_it_is():
+def test_answers_are_the_mean_over_teachers_and_mirror_images(monkeypatch, tmp_path):
+    images = AlbumentationsCIFAR10(ASSETS)
+    monkeypatch.setattr(held_out, "training_images", lambda: images)
+    for name, value in (("FOLDER", tmp_path), ("HELD_OUT", 1500), ("VIEWS", 2)):
+        monkeypatch.setattr(arms, name, value)
+    logits = torch.randn(2, 2, 500, 2, 10).half()  # of each teacher and view
+    for seed, view in ((0, 1), (0, 2), (1, 1), (1, 2)):
+        torch.save(logits[seed, view - 1], arms.answer_file(seed, view))
+    expected = (logits.float() / 2).softmax(4).mean((0, 3))
+    for smoothed in (False, True):
+        loader = arms.AnsweredLoader([0, 1], smoothed)
+        loader.set_epoch(4)  # the second view again
+        places = loader.loader.order()[:256]
+        pictures, _, answers = next(iter(loader))
+        wanted = (expected[1] + expected.mean(0)) / 2 if smoothed else expected[1]
+        torch.testing.assert_close(answers, wanted[places])
+        loader.loader.set_epoch(2)
+        alone = torch.cat([x for x, _ in loader.loader.augmented(places, 256)])
+        assert torch.equal(pictures, alone)
+
+
+def test_heads_learn_beside_the_network_and_count_less_and_less():
     torch.manual_seed(0)
-    images, answers = torch.randn(8, 3, 4, 4).double(), torch.rand(8, 10).double().softmax(1)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 10, bias=False)).double()
-    start = net[1].weight.detach().clone()
-
-    def gradient(weight):
-        weight = weight.detach().requires_grad_()
-        loss = F.cross_entropy(images.flatten(1) @ weight.T, answers)
-        return torch.autograd.grad(loss, weight)[0]
-
-    here = gradient(start)
-    uphill = start + here * (0.1 * start.norm() / here.norm())
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
-    arms.gradient_step_with(F.cross_entropy, 0.1)(net, optimizer, None, None)(images, None, answers)
-    assert torch.allclose(net[1].weight, start - 0.5 * gradient(uphill))
-    assert not torch.allclose(net[1].weight, start - 0.5 * here)
-
-
-def test_mixed_pictures_are_pasted_from_two_of_the_same_view():
-    images = AlbumentationsCIFAR10(ASSETS, transform=train_transform())
-    images.data, images.targets = images.data[:64], images.targets[:64]
-    pictures = arms.Pictures(BatchLoader(images, 16, shuffle=True))
-    order = torch.arange(64)
-    plain, mixed = (torch.cat([x for x, _ in pictures.batches(order, 16, 2, kind)]) for kind in (False, True))
-    other = mixed != plain
-    shares = other.flatten(1).float().mean(1)
-    assert 0.2 < shares.mean() < 0.6 and shares.min() < 0.1 and shares.max() > 0.6
-    columns = plain.permute(1, 0, 2, 3).reshape(3, 64, -1)
-    for picture, changed in zip(mixed[:8], other[:8]):
-        place = changed.any(0).flatten()
-        sources = (columns[:, :, place] == picture.flatten(1)[:, None, place]).all(2).all(0)
-        assert sources.sum() == 1 or not place.any()
+    net = Net()
+    deep = arms.WithHeads(net)
+    images, answers = torch.randn(8, 3, 32, 32), torch.rand(8, 10).softmax(1)
+    assert torch.equal(deep.eval()(images), net(images))
+    optimizer = torch.optim.SGD(deep.parameters(), lr=0.0)
+    step = arms.gradient_step_with(F.cross_entropy, 10)(deep.train(), optimizer, None, None)
+    sizes = []
+    for _ in range(9):
+        assert step(images, None, answers).shape == (8, 10)
+        sizes.append(deep.heads[0].classifier.weight.grad.norm().item())
+    expected = [1 - done / 8 for done in range(9)]
+    assert [size / sizes[0] for size in sizes] == pytest.approx(expected, abs=0.05)
