@@ -161,6 +161,7 @@ EXPERIMENTS = [  # label, change, epochs, what it is beside
     ("answers of two like teachers", "0 and 1: nothing", 20, "0: nothing"),
     ("half of an answer is the mean over all views", "0: smoothed", 20, "0: nothing"),
     ("all classes but the first count twice", "0: decoupled", 20, "0: nothing"),
+    ("… with two teachers", "0 and 1: decoupled", 20, "0 and 1: nothing"),
     ("two more classifiers while it learns", "0: heads", 20, "0: nothing"),
     ("half as many views, also mirrored", "0: half", 20, "0: nothing"),
     ("CutMix, and 0.6 of the peak rates", "0: cutmix, rates", 40, "0: nothing"),
