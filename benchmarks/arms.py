@@ -2,12 +2,13 @@
 
     python benchmarks/arms.py answers --seed 1        train a teacher, and keep its answers
     python benchmarks/arms.py run --teachers 0 1      train the network with two teachers' answers
-    python benchmarks/arms.py run heads decoupled     the same with two of the changes below
+    python benchmarks/arms.py run heads smoothed      the same with two of the changes below
 
 The network learns the other 40,000 training images, and no test image is used. All runs see the
 same pictures and the same answers, which lie under runs/arms. Each adds a line to
-assets/ablations.csv. `scaled_loss` is the held-out loss after the logits are multiplied by one
-factor, which is fitted on half of the images and used on the other half, both ways.
+assets/ablations.csv. The code of older changes is in the commits that their lines name.
+`scaled_loss` is the held-out loss after the logits are multiplied by one factor, which is fitted on
+half of the images and used on the other half, both ways.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import os
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +37,7 @@ from utils import set_seed
 
 FOLDER = Path(os.environ.get("ARMS", ROOT / "runs" / "arms"))
 HELD_OUT, VIEWS, TEMPERATURE, TEACHER_EPOCHS = 10_000, 16, 2.0, 20
-CHANGES = ("decoupled", "smoothed", "heads")
+CHANGES = ("smoothed", "heads")
 
 
 # ---------------------------------------------------------------- images
@@ -143,16 +144,6 @@ class AnsweredLoader:
 # ---------------------------------------------------------------- the changes
 
 
-def decoupled_loss(logits, answers):
-    """Cross-entropy in which all classes but the teacher's first count twice.
-
-    After the decoupled distillation of Zhao et al. 2022, arXiv:2203.08679.
-    """
-    first = answers.argmax(1, keepdim=True)
-    others = answers.scatter(1, first, 0)
-    return F.cross_entropy(logits, answers) + F.cross_entropy(logits.scatter(1, first, -1e4), others)
-
-
 class WithHeads(torch.nn.Module):
     """A `Net` with two more classifiers while it learns, after stages 2 and 3: logits (N, 30), then (N, 10).
 
@@ -181,10 +172,10 @@ class WithHeads(torch.nn.Module):
         return torch.cat([logits, self.heads[0](second), self.heads[1](third)], 1)
 
 
-def gradient_step_with(loss: Callable, steps: int):
-    """`training_utils.gradient_step` with another loss, and with the heads' losses if there are heads.
+def gradient_step_with_heads(steps: int):
+    """`training_utils.gradient_step` with the losses of `WithHeads`.
 
-    They count a fifth at first, and nothing in the last fifth of the steps.
+    The two heads' count a fifth at first, and nothing in the last fifth of the steps.
     """
 
     def gradient_step(model, optimizer, network, scaler):
@@ -196,7 +187,8 @@ def gradient_step_with(loss: Callable, steps: int):
             done += 1
             logits, *others = forward(network or model, images).split(10, 1)
             optimizer.zero_grad()
-            (loss(logits, answers) + share * sum(loss(part, answers) for part in others)).backward()
+            heads = sum(F.cross_entropy(part, answers) for part in others)
+            (F.cross_entropy(logits, answers) + share * heads).backward()
             optimizer.step()
             return logits.detach()
 
@@ -213,10 +205,11 @@ def run(changes: set[str], seed: int, teachers: list[int], epochs: int) -> dict:
     start = time.perf_counter()
     loader = AnsweredLoader(teachers, "smoothed" in changes)
     loader.set_epoch(1)
-    loss = decoupled_loss if "decoupled" in changes else F.cross_entropy
-    training_utils.gradient_step = gradient_step_with(loss, epochs * len(loader))
     set_seed(seed)
-    net = WithHeads(Net()) if "heads" in changes else Net()
+    net = Net()
+    if "heads" in changes:
+        net = WithHeads(net)
+        training_utils.gradient_step = gradient_step_with_heads(epochs * len(loader))
     optimizer, schedule = muon.plan(net, epochs * len(loader))
     history = training_utils.fit(
         net,

@@ -188,16 +188,6 @@ def test_the_scaled_loss_does_not_depend_on_how_soft_the_answers_are():
     )
 
 
-def test_the_decoupled_loss_is_lowest_where_the_answers_are():
-    answers = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])
-    best = arms.decoupled_loss(answers.log(), answers)
-    others = torch.tensor([[2 / 3, 1 / 3], [1 / 4, 3 / 4]])
-    shares = torch.tensor([[0.3], [0.4]])
-    entropy = -(answers * answers.log()).sum(1) - (shares * others * others.log()).sum(1)
-    assert best.item() == pytest.approx(entropy.mean().item(), rel=1e-5)
-    assert arms.decoupled_loss(answers.log() + 0.1 * torch.eye(3)[:2], answers) > best
-
-
 def test_answers_are_the_mean_over_teachers_and_mirror_images(monkeypatch, tmp_path):
     images = AlbumentationsCIFAR10(ASSETS)
     monkeypatch.setattr(held_out, "training_images", lambda: images)
@@ -226,7 +216,7 @@ def test_heads_learn_beside_the_network_and_count_less_and_less():
     images, answers = torch.randn(8, 3, 32, 32), torch.rand(8, 10).softmax(1)
     assert torch.equal(deep.eval()(images), net(images))
     optimizer = torch.optim.SGD(deep.parameters(), lr=0.0)
-    step = arms.gradient_step_with(F.cross_entropy, 10)(deep.train(), optimizer, None, None)
+    step = arms.gradient_step_with_heads(10)(deep.train(), optimizer, None, None)
     sizes = []
     for _ in range(9):
         assert step(images, None, answers).shape == (8, 10)
