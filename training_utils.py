@@ -93,7 +93,8 @@ def fit(
         statistics: a loader of training images without augmentation, the classes mixed in each
             batch. Before each test the batch norms' statistics are computed from these, because
             augmented images have others.
-        compile: use torch.compile. It takes up to a minute, which a long run earns back.
+        compile: use torch.compile, for images as large as in the loader's first batch. It takes
+            up to a minute, which a long run earns back.
         history_file: a CSV file for the history, written after every epoch.
         checkpoint: a file that holds the whole run after its last epoch; see checkpoint.py. If the disk is
             full, the run warns, continues and tries again after the next epoch.
@@ -375,14 +376,17 @@ def test(model: nn.Module, loader: Iterable, *, network: Network | None = None) 
 
 
 @torch.no_grad()
-def soft_targets(teacher: nn.Module, images: torch.Tensor, temperature: float) -> torch.Tensor:
-    """A teacher's probabilities (B, classes) for a batch, from its logits divided by the temperature.
+def soft_targets(teachers: list[nn.Module], images: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The teachers' mean probabilities (B, classes) for a batch, from logits divided by the temperature.
 
     Learning these in place of the labels is distillation: Hinton et al. 2015, arXiv:1503.02531.
     """
-    with evaluation_mode(teacher):
-        logits = [forward(teacher, part) for part in split_for_cache(images)]
-    return torch.cat(logits).div(temperature).softmax(1)
+    answers = []
+    for teacher in teachers:
+        with evaluation_mode(teacher):
+            logits = [forward(teacher, part) for part in split_for_cache(images)]
+        answers.append(torch.cat(logits).div(temperature).softmax(1))
+    return torch.stack(answers).mean(0)
 
 
 def progress(loader: Iterable, **kwargs) -> tqdm:

@@ -50,7 +50,7 @@ def test_a_run_with_its_teacher_needs_no_float64(tmp_path, monkeypatch):
         loader = BatchLoader(images, 32, shuffle=True)
         torch.manual_seed(0)
         teacher = Teacher(whitening(next(iter(loader))[0]))
-        taught = TaughtLoader(loader, partial(soft_targets, teacher, temperature=2.0), views=2)
+        taught = TaughtLoader(loader, partial(soft_targets, [teacher], temperature=2.0), views=2)
         net = Net()
         test_loader, plain = BatchLoader(tests, 25, shuffle=False), BatchLoader(tests, 25, shuffle=True)
         optimizer, schedule = plan(net, 6)

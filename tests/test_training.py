@@ -133,7 +133,7 @@ def test_soft_targets_are_learnt_and_the_labels_are_scored():
     assert pupil.scale.item() == pytest.approx(1 - 0.1 * slope.item(), rel=1e-6)
 
 
-def test_soft_targets_come_from_a_teacher_in_evaluation_mode(monkeypatch):
+def test_soft_targets_are_the_mean_of_teachers_in_evaluation_mode(monkeypatch):
     monkeypatch.setattr(hardware, "precision", lambda device: torch.float32)
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.BatchNorm2d(1), nn.Dropout(0.5), Scores())
@@ -141,7 +141,9 @@ def test_soft_targets_come_from_a_teacher_in_evaluation_mode(monkeypatch):
     state = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     images = torch.randn(120, 1, 1, 5)
     expected = ((images.flatten(1) - 1) / (1 + 1e-5) ** 0.5 / 2.0).softmax(1)
-    torch.testing.assert_close(soft_targets(teacher, images, 2.0), expected)
+    torch.testing.assert_close(soft_targets([teacher], images, 2.0), expected)
+    other = (images.flatten(1) / 2.0).softmax(1)
+    torch.testing.assert_close(soft_targets([teacher, Scores()], images, 2.0), (expected + other) / 2)
     assert all(module.training for module in teacher.modules())
     assert all(torch.equal(tensor, state[name]) for name, tensor in teacher.state_dict().items())
 
