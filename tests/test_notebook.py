@@ -25,11 +25,13 @@ from conftest import REPOSITORY, needs_links, not_on_windows
 from parameters import PARAMETERS, TEXTS
 
 FIGURES = 9
-OPTIONS = ["DATA=sample", "EPOCHS=2", "BATCH_SIZE=60"]
-RUN = "runs/sample-2-epochs-seed-0-batch-size-60"
+UNTAUGHT = ["DATA=sample", "EPOCHS=2", "BATCH_SIZE=60"]
+OPTIONS = [*UNTAUGHT, "TEACHER_EPOCHS=1"]
+RUN = "runs/sample-2-epochs-seed-0-teacher-epochs-1-batch-size-60"
 FILES = {
-    "S8.ipynb", "RF Calculations.xlsx", "kernel.log", "history.csv", "teacher_history.csv",
-    "net.pt", "net.previous.pt", "net.safetensors", "teacher.pt", "augmentation.png", "confusion_matrix.png",
+    "S8.ipynb", "RF Calculations.xlsx", "kernel.log", "history.csv", "teacher_1_history.csv",
+    "teacher_2_history.csv", "teacher_1.pt", "teacher_2.pt",
+    "net.pt", "net.previous.pt", "net.safetensors", "augmentation.png", "confusion_matrix.png",
     "grad_cam.png", "misclassified.png", "reliability.png", "robustness.png", "training_logs.png",
 }  # fmt: skip
 
@@ -107,9 +109,9 @@ def test_committed_notebook_is_one_complete_run_on_the_full_data():
     assert not re.search(r"Warning|Traceback|/(root|work|tmp|home)/", json.dumps(outputs))
     printed = "".join(map(text_of, code))
     assert printed.startswith("CIFAR-10, complete: 50,000 training and 10,000 test images")
-    # Each epoch that it shows, the teacher's first, is in the histories.
+    # Each epoch that it shows, the teachers' first, is in the histories.
     rows = []
-    for name in ("teacher_history.csv", "history.csv"):
+    for name in ("teacher_1_history.csv", "teacher_2_history.csv", "history.csv"):
         with open(REPOSITORY / "assets" / name) as file:
             rows += csv.DictReader(file)
     epoch = (
@@ -167,6 +169,29 @@ def test_a_run_has_its_own_folder_and_changes_nothing_that_git_tracks(whole):
     ).read_bytes()
 
 
+def scale_of_answers(folder) -> float:
+    """By what the last layer's weights were multiplied after the training."""
+    trained = torch.load(folder / "net.pt")["average"]["classifier.weight"]
+    saved = load_file(folder / "net.safetensors")["classifier.weight"]
+    return (saved / trained).mean().item()
+
+
+def test_a_network_that_learnt_softened_answers_is_made_surer(whole):
+    clone, _ = whole
+    assert scale_of_answers(clone / RUN) == pytest.approx(1.5)
+
+
+def test_a_short_run_learns_the_labels_of_growing_images(whole):
+    clone, _ = whole
+    done = run_notebook(clone, *UNTAUGHT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = clone / "runs/sample-2-epochs-seed-0-batch-size-60"
+    missing = {name for name in FILES if name.startswith("teacher")}
+    assert {path.name for path in run.iterdir()} == FILES - missing
+    assert "ProgressiveLoader" in torch.load(run / "net.pt")["recipe"]["loaders"]
+    assert scale_of_answers(run) == 1
+
+
 def test_the_terminal_shows_where_the_run_is_on_lines_of_its_own(whole):
     _, done = whole
     cells = re.findall(r"(?m)^--- cell (\d+) of (\d+)$", done.stdout)
@@ -182,14 +207,15 @@ def test_a_killed_run_continues_to_the_same_end_and_takes_nothing_from_the_test_
     epochs = 0
     for line in run.stdout:
         epochs += line.startswith("Epoch ")
-        if epochs == 3:  # the teacher has one epoch, so this is the second of the network
+        if epochs == 4:  # each teacher has one epoch, so this is the second of the network
             process = psutil.Process(run.pid)
             for part in [*process.children(recursive=True), process]:
                 part.kill()
             break
     run.wait()
     done = run_notebook(clone, *OPTIONS)
-    assert "teacher.pt holds 1 of 1 epochs of this run" in done.stdout
+    assert "teacher_1.pt holds 1 of 1 epochs of this run" in done.stdout
+    assert "teacher_2.pt holds 1 of 1 epochs of this run" in done.stdout
     assert "net.pt holds 1 of 2 epochs of this run" in done.stdout
     rows, weights = results(clone)
     expected_rows, expected = results(whole[0])
@@ -208,8 +234,8 @@ def test_another_seed_leaves_a_finished_run_which_is_then_loaded(whole):
     assert "get_ipython" not in (clone / "S8.py").read_text(encoding="utf-8")
     done = subprocess.run(script, cwd=clone, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    # One process prints, of all the test images: after the teacher's epoch and after each of the network's.
-    assert len(re.findall(r"Test set: .*/60 \(", done.stdout)) == 3
+    # One process prints, of all the test images: after each teacher's epoch and each of the network's.
+    assert len(re.findall(r"Test set: .*/60 \(", done.stdout)) == 4
     other = clone / RUN.replace("seed-0", "seed-1")
     assert {path.name for path in other.iterdir()} == FILES - {"S8.ipynb", "kernel.log"}
     assert done.stdout.splitlines()[-1].startswith(f"{other.relative_to(clone)} holds the result: ")
