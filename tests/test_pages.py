@@ -73,8 +73,8 @@ def test_every_recorded_run_names_its_command_and_commit():
         assert re.fullmatch("[0-9a-f]{7,}", run["commit"])
         assert len(tables.history(run)) == int(run["epochs"])
         assert len(tables.history(run, "Teacher")) == int(run["teacher_epochs"])
-    scripts = "python ablations.py", "python benchmarks/a", "python h200.py"
-    for run in tables.table("ablations.csv"):
+    scripts = "python ablations.py", "python benchmarks/", "python h200.py", "make notebook EPOCHS="
+    for run in tables.table("ablations.csv") + tables.table("frontier.csv"):
         assert run["command"].startswith(scripts) and re.fullmatch("[0-9a-f]{7,}", run["commit"])
 
 
