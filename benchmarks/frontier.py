@@ -17,14 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 from safetensors import safe_open
 
-from tables import ROOT, table  # isort: skip - it makes the next ones possible
+from tables import ROOT, by_minutes  # isort: skip - it makes the next ones possible
 from checkpoint import save_figure
 from held_out import append
 from original import describe_machine
 
 TABLE = ROOT / "assets" / "frontier.csv"
 TICKS = [5, 10, 20, 30, 60, 105]  # minutes
-MACHINE = "2 threads of Intel(R) Xeon(R) Processor"
 LINES = {  # of each recipe: label, colour and mark
     "ours": ("this repository", "#0072B2", "o"),
     "the original's, autocast and channels-last": (
@@ -58,7 +57,7 @@ def measure(epochs: int, seed: int) -> dict:
 
 
 def plot(picture: Path) -> None:
-    """Draw the table's runs on MACHINE, and two levels to compare with."""
+    """Draw the table's runs on two Intel cores, and two levels to compare with."""
     figure = Figure((9, 5), dpi=150, layout="constrained")
     figure.suptitle("Accuracy by minutes on two CPU cores (Intel Xeon, AMX)", fontsize=13)
     axes = figure.subplots()
@@ -81,14 +80,13 @@ def plot(picture: Path) -> None:
 def plot_runs(axes: Axes, recipe: str) -> None:
     """A mark for each run; ours say how many epochs they had."""
     label, color, mark = LINES[recipe]
-    rows = table(TABLE.name)
-    runs = [row for row in rows if row["recipe"] == recipe and row["machine"].startswith(MACHINE)]
-    points = sorted((float(run["minutes"]), float(run["test_accuracy"]), run["epochs"]) for run in runs)
-    times, scores = [point[0] for point in points], [point[1] for point in points]
+    runs = by_minutes(recipe)
+    times, scores = ([float(run[name]) for run in runs] for name in ("minutes", "test_accuracy"))
     axes.plot(times, scores, color=color, marker=mark, lw=1.5, label=label)
-    for minutes, accuracy, epochs in points if recipe == "ours" else ():
-        offset = {"xytext": (0, 8), "textcoords": "offset points"}
-        axes.annotate(f"{epochs} epochs", (minutes, accuracy), **offset, ha="center", fontsize=8.5)
+    for run, *place in zip(runs, times, scores):
+        if recipe == "ours":
+            offset = {"xytext": (0, 8), "textcoords": "offset points"}
+            axes.annotate(f"{run['epochs']} epochs", place, **offset, ha="center", fontsize=8.5)
 
 
 def main() -> None:

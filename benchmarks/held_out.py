@@ -78,7 +78,7 @@ def findings(rows: Rows) -> Table:
     table = []
     for label, change, epochs, baseline in (
         (
-            "today's, beside the recipe before the teacher",
+            "one teacher, beside none",
             "teacher S, 20 views, no cutout, no label, plain statistics",
             100,
             "notebook",
