@@ -139,7 +139,7 @@ def test_the_original_recipe_is_given_minutes(monkeypatch, tmp_path, autocast):
     for row, minutes in zip(rows, (0.001, 0.02), strict=True):
         assert float(row["minutes"]) >= minutes - 0.005  # it is rounded
         assert 0 <= float(row["test_accuracy"]) <= 100
-        assert row["recipe"] in frontier.LINES and row["epochs"] == "1"
+        assert row["recipe"] in frontier.LINES and int(row["epochs"]) >= 1
         assert ("autocast" in row["recipe"]) == ("--autocast" in row["command"]) == autocast
         assert f"--minutes {minutes} --seed 3" in row["command"]
 
