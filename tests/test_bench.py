@@ -6,7 +6,6 @@ import time
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
@@ -16,7 +15,6 @@ import frontier
 import held_out
 import original
 import peers
-from batches import BatchLoader
 from dataset import ASSETS, AlbumentationsCIFAR10, train_transform
 from model import Net
 
@@ -192,46 +190,20 @@ def test_the_scaled_loss_does_not_depend_on_how_soft_the_answers_are():
     )
 
 
-def test_the_decoupled_loss_is_lowest_where_the_answers_are():
-    answers = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])
-    best = arms.decoupled_loss(answers.log(), answers)
-    others = torch.tensor([[2 / 3, 1 / 3], [1 / 4, 3 / 4]])
-    shares = torch.tensor([[0.3], [0.4]])
-    entropy = -(answers * answers.log()).sum(1) - (shares * others * others.log()).sum(1)
-    assert best.item() == pytest.approx(entropy.mean().item(), rel=1e-5)
-    assert arms.decoupled_loss(answers.log() + 0.1 * torch.eye(3)[:2], answers) > best
-
-
-def test_a_sharpness_aware_step_goes_by_the_gradient_uphill_from_where_it_is():
-    torch.manual_seed(0)
-    images, answers = torch.randn(8, 3, 4, 4).double(), torch.rand(8, 10).double().softmax(1)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 10, bias=False)).double()
-    start = net[1].weight.detach().clone()
-
-    def gradient(weight):
-        weight = weight.detach().requires_grad_()
-        loss = F.cross_entropy(images.flatten(1) @ weight.T, answers)
-        return torch.autograd.grad(loss, weight)[0]
-
-    here = gradient(start)
-    uphill = start + here * (0.1 * start.norm() / here.norm())
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
-    arms.gradient_step_with(F.cross_entropy, 0.1)(net, optimizer, None, None)(images, None, answers)
-    assert torch.allclose(net[1].weight, start - 0.5 * gradient(uphill))
-    assert not torch.allclose(net[1].weight, start - 0.5 * here)
-
-
-def test_mixed_pictures_are_pasted_from_two_of_the_same_view():
-    images = AlbumentationsCIFAR10(ASSETS, transform=train_transform())
-    images.data, images.targets = images.data[:64], images.targets[:64]
-    pictures = arms.Pictures(BatchLoader(images, 16, shuffle=True))
-    order = torch.arange(64)
-    plain, mixed = (torch.cat([x for x, _ in pictures.batches(order, 16, 2, kind)]) for kind in (False, True))
-    other = mixed != plain
-    shares = other.flatten(1).float().mean(1)
-    assert 0.2 < shares.mean() < 0.6 and shares.min() < 0.1 and shares.max() > 0.6
-    columns = plain.permute(1, 0, 2, 3).reshape(3, 64, -1)
-    for picture, changed in zip(mixed[:8], other[:8]):
-        place = changed.any(0).flatten()
-        sources = (columns[:, :, place] == picture.flatten(1)[:, None, place]).all(2).all(0)
-        assert sources.sum() == 1 or not place.any()
+def test_answers_are_the_mean_over_teachers_and_mirror_images(monkeypatch, tmp_path):
+    images = AlbumentationsCIFAR10(ASSETS)
+    monkeypatch.setattr(held_out, "training_images", lambda: images)
+    monkeypatch.setattr(arms, "FOLDER", tmp_path)
+    monkeypatch.setattr(arms, "HELD_OUT", 1500)
+    logits = torch.randn(2, 500, 2, 10).half()
+    for seed in (0, 1):
+        torch.save(logits[seed], arms.answer_file(seed, 3))
+    loader = arms.AnsweredLoader([0, 1])
+    loader.set_epoch(3 + arms.VIEWS)
+    pictures, _, answers = next(iter(loader))
+    places = loader.loader.order()[:256]
+    expected = (logits[:, places].float() / 2).softmax(3).mean((0, 2))
+    torch.testing.assert_close(answers, expected)
+    loader.loader.set_epoch(3)
+    alone = torch.cat([x for x, _ in loader.loader.augmented(places, 256)])
+    assert torch.equal(pictures, alone), "the picture of the third epoch"
