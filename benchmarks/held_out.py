@@ -179,16 +179,17 @@ EXPERIMENTS = [  # label, change, epochs, what it is beside
 
 
 def experiments(rows: Rows) -> Table:
-    """Pairs of single runs: accuracy, scaled loss, and the differences."""
+    """The mean accuracy and scaled loss of each change, and the differences to its baseline."""
     table = []
     for label, change, epochs, baseline in EXPERIMENTS:
-        (row,), (base,) = (runs(rows, PREFIX + name, epochs) for name in (change, baseline))
+        changed, base = (runs(rows, PREFIX + name, epochs) for name in (change, baseline))
         cells = [label, str(epochs)]
         for column, unit, digits in (("accuracy", " %", 2), ("scaled_loss", "", 4)):
-            value, before = float(row[column]), float(base[column])
+            value, before = (statistics.mean(float(row[column]) for row in part) for part in (changed, base))
             cells += [f"{value:.{digits}f}{unit}", f"{value - before:+.{digits}f}"]
-        table.append(cells)
-    return ["change", "epochs", "held out", "difference (points)", "scaled loss", "difference"], table
+        table.append([*cells, f"{len(changed)} and {len(base)}"])
+    header = ["change", "epochs", "held out", "difference (points)", "scaled loss", "difference", "runs"]
+    return header, table
 
 
 if __name__ == "__main__":
