@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import muon
 import training_utils
-from batches import BatchLoader
+from batches import BatchLoader, ProgressiveLoader
 from dataset import test_transform, train_transform
 from hardware import evaluation_mode, forward, precision, split_for_cache
 from held_out import COMMIT, TABLE, append, images_at
@@ -52,10 +52,10 @@ def held_out(count: int = HELD_OUT) -> BatchLoader:
 
 
 def teacher_of(seed: int) -> Teacher:
-    """A teacher that has learnt the 40,000 images, kept under runs/arms."""
+    """A teacher that has learnt the 40,000 images, growing from 16 pixels, kept under runs/arms."""
     set_seed(seed)
-    loader = learning_images()
-    teacher = Teacher(whitening(next(iter(loader))[0]))
+    teacher = Teacher(whitening(next(iter(learning_images()))[0]))
+    loader = ProgressiveLoader(learning_images(), TEACHER_EPOCHS)
     optimizer, schedule = muon.plan(teacher, TEACHER_EPOCHS * len(loader))
     training_utils.fit(
         teacher,
@@ -65,7 +65,6 @@ def teacher_of(seed: int) -> Teacher:
         schedule,
         epochs=TEACHER_EPOCHS,
         ema_decay=0.995,
-        compile=True,
         checkpoint=FOLDER / f"teacher_{seed}.pt",
         history_file=FOLDER / f"teacher_{seed}.csv",
         recipe={"seed": seed},
