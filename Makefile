@@ -16,7 +16,6 @@ notebook: .venv/installed
 record: .venv/installed
 	@.venv/bin/python run_notebook.py --record $(PARAMETERS)
 	@.venv/bin/python benchmarks/tables.py
-	@.venv/bin/python benchmarks/frontier.py
 
 distributed: .venv/installed
 	@.venv/bin/python run_notebook.py --script $(filter-out N=%,$(PARAMETERS))

@@ -79,7 +79,7 @@ def stage(in_channels: int, channels: int, stride: int, dropout: float) -> nn.Se
 class Net(nn.Module):
     """Classifies images: float (N, in_channels, H, W), normalised, to logits (N, num_classes).
 
-    H and W are at least 32. The trained weights expect RGB in [0, 1], normalised by the mean and
+    H and W are at least 16. The trained weights expect RGB in [0, 1], normalised by the mean and
     the standard deviation in their metadata.
 
     Args:

@@ -10,8 +10,7 @@ from pathlib import Path
 # The default, the smallest and the largest value.
 PARAMETERS = {
     "EPOCHS": (100, 1, 10_000),
-    "TEACHER_EPOCHS": (20, 0, 10_000),
-    "TEMPERATURE": (2.0, 0.1, 100.0),
+    "TEACHER_EPOCHS": ("auto", 0, 10_000),
     "VIEWS": (20, 1, 10_000),
     "BATCH_SIZE": (256, 2, 50_000),
     "LEARNING_RATE": (0.015, 1e-6, 100.0),
@@ -38,10 +37,12 @@ def check_parameters(values: dict[str, object]) -> None:
         for name, value in values.items():
             if name not in known and not name.startswith("_") and isinstance(value, (int, float, str)):
                 raise ValueError(f"unknown parameter {name}: expected {', '.join(known)}")
-    for name, (_, low, high) in PARAMETERS.items():
+    for name, (default, low, high) in PARAMETERS.items():
         value = values[name]
+        if value == default == "auto":
+            continue
         if not isinstance(value, (int, type(low))) or not low <= value <= high:
-            kind = type(low).__name__
+            kind = f"'auto' or {type(low).__name__}" if default == "auto" else type(low).__name__
             raise ValueError(f"expected {name} to be {kind} from {low} to {high}, found {value!r}")
     if values["DATA"] not in ("auto", "full", "sample"):
         raise ValueError(
@@ -49,6 +50,13 @@ def check_parameters(values: dict[str, object]) -> None:
         )
     if not isinstance(values["DATA_ROOT"], str):
         raise ValueError(f"expected DATA_ROOT to be a folder's name, found {values['DATA_ROOT']!r}")
+
+
+def teacher_epochs(wanted: int | str, epochs: int) -> int:
+    """For how many epochs the teacher learns. "auto": 20, or none in a short run, where labels are better."""
+    if wanted == "auto":
+        return 20 if epochs >= 60 else 0
+    return wanted
 
 
 def check_installed() -> None:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from cifar10 import find_cifar10
 from dataset import MEAN, STD, AlbumentationsCIFAR10, AlbumentationsImages, test_transform, train_transform
-from hardware import accelerator_name, best_device, cpu_model, forward, precision
+from hardware import accelerator_name, best_device, cpu_model, forward, precision, usable_cores
 from held_out import COMMIT, append
 from model import Net
 
@@ -172,8 +172,8 @@ class TimedOneCycle:
 
 def race(
     images: AlbumentationsImages, tests: AlbumentationsImages, seconds: float, seed: int, autocast: bool
-) -> tuple[float, float]:
-    """Train for this time. Returns the test accuracy in percent, and the seconds with the last test.
+) -> tuple[float, float, int]:
+    """Train for this time. Returns the test accuracy in percent, the seconds with the last test, the epochs.
 
     It tests after every epoch. The last epoch ends when the time is over.
     """
@@ -191,27 +191,34 @@ def race(
             loaders[0].dataset.set_epoch(epoch)
             accuracy = train_and_test(net, loaders, optimizer, schedule.step)
             bar.set_postfix(epoch=epoch, test=f"{accuracy:.2f} %")
-    return accuracy, schedule.seconds_so_far()
+    return accuracy, schedule.seconds_so_far(), epoch
 
 
 def record(minutes: float, seed: int, autocast: bool) -> dict:
     """Train for this time; returns the line for the table."""
     images, tests = cifar10_images(train=True), cifar10_images(train=False)
-    accuracy, seconds = race(images, tests, 60 * minutes, seed, autocast)
-    processor = f"{torch.get_num_threads()} threads of {cpu_model()}"
-    if DEVICE.type != "cpu":
-        processor = accelerator_name(DEVICE)
-    dtype = precision(DEVICE) if autocast else torch.float32
+    accuracy, seconds, epochs = race(images, tests, 60 * minutes, seed, autocast)
     options = f"--minutes {minutes:g} --seed {seed}" + " --autocast" * autocast
     return {
         "recipe": "the original's" + ", autocast and channels-last" * autocast,
         "minutes": f"{seconds / 60:.2f}",
         "seed": seed,
         "test_accuracy": f"{accuracy:.2f}",
-        "machine": f"{processor}, {str(dtype).removeprefix('torch.')}",
+        "epochs": epochs,
+        "teacher_epochs": 0,
+        "machine": describe_machine(autocast),
         "command": f"python benchmarks/original.py {options}",
         "commit": COMMIT,
     }
+
+
+def describe_machine(autocast: bool) -> str:
+    """The cores or the GPU, and the precision."""
+    processor = f"{min(torch.get_num_threads(), usable_cores())} threads of {cpu_model()}"
+    if DEVICE.type != "cpu":
+        processor = accelerator_name(DEVICE)
+    dtype = precision(DEVICE) if autocast else torch.float32
+    return f"{processor}, {str(dtype).removeprefix('torch.')}"
 
 
 def main(arguments: list[str]) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Subset
 
 import cifar10
 import dataset
-from batches import BatchLoader, TaughtLoader
+from batches import BatchLoader, ProgressiveLoader, TaughtLoader
 from cifar10 import find_cifar10
 from conftest import needs_links
 from dataset import (
@@ -187,22 +187,25 @@ def test_teacher_is_asked_once_about_each_view_and_its_answers_belong_to_the_pic
     images.data, images.targets = images.data[:500], list(range(500))
     questions = []
 
-    def teacher(pictures):
+    def teacher(pictures):  # which sees the left half
         questions.append(len(pictures))
-        return channel_means(pictures)
+        return channel_means(pictures[..., :16])
 
     loader = TaughtLoader(BatchLoader(images, 150, shuffle=True), teacher, views=2)
-    orders, answers_by_image = [], []
-    for epoch in range(1, 5):
+    orders, answers_by_image, pictures_by_image = [], [], []
+    for epoch in range(1, 6):
         loader.set_epoch(epoch)
         pictures, targets, answers = (torch.cat(parts) for parts in zip(*loader))
-        torch.testing.assert_close(answers, channel_means(pictures))
+        torch.testing.assert_close(answers, channel_means(pictures))  # the mean over both halves
         orders.append(targets.tolist())
         answers_by_image.append(answers[targets.argsort()])
-    assert sum(questions) == 2 * 500
+        pictures_by_image.append(pictures[targets.argsort()])
+    assert sum(questions) == 2 * 2 * 500, "both views, each with its mirror image"
     assert all(orders[0] != order for order in orders[1:]), "the order is new in each epoch"
     same = [torch.equal(answers_by_image[0], answers) for answers in answers_by_image]
-    assert same == [True, False, True, False]
+    assert same == [True, False, True, False, True]
+    assert torch.equal(pictures_by_image[2], pictures_by_image[0].flip(3)), "the third epoch is mirrored"
+    assert torch.equal(pictures_by_image[4], pictures_by_image[0])
     alone = BatchLoader(images, 150, shuffle=False)
     for epoch in (1, 2):  # the views are the pictures of the first epochs without a teacher
         alone.set_epoch(epoch)
@@ -246,9 +249,28 @@ def test_a_teacher_is_asked_when_an_epoch_is_set_and_again_if_that_was_interrupt
     loader = TaughtLoader(BatchLoader(images, 150, shuffle=True), teacher, views=2)
     with pytest.raises(KeyboardInterrupt):
         loader.set_epoch(1)
-    assert len(list(loader)) == 4 and sum(questions[1:]) == 500
+    assert len(list(loader)) == 4 and sum(questions[1:]) == 2 * 500
     loader.set_epoch(2)
-    assert sum(questions[1:]) == 1000, "before the first batch"
+    assert sum(questions[1:]) == 4 * 500, "before the first batch"
+
+
+@pytest.mark.parametrize(
+    "epochs, sizes",
+    [(1, [32]), (2, [24, 32]), (3, [16, 24, 32]), (5, [16, 24, 24, 32, 32]), (6, [16, 16, 24, 24, 32, 32])],
+)
+def test_images_grow_in_three_parts_of_a_run_and_end_at_their_own_size(epochs, sizes):
+    images = AlbumentationsCIFAR10(ASSETS, train=False, transform=train_transform())
+    loader = BatchLoader(images, 150, shuffle=True)
+    growing = ProgressiveLoader(loader, epochs)
+    assert [next(iter(growing))[0].shape[-1], len(growing)] == [32, len(loader)], "before the first epoch"
+    for epoch, size in enumerate([*sizes, 32], 1):
+        growing.set_epoch(epoch)
+        batches = list(growing)
+        assert {pictures.shape[1:] for pictures, _ in batches} == {(3, size, size)}
+        loader.set_epoch(epoch)
+        for (small, targets), (pictures, expected) in zip(batches, loader, strict=True):
+            assert torch.equal(targets, expected)
+            torch.testing.assert_close(small.mean((2, 3)), pictures.mean((2, 3)), rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +310,7 @@ def test_much_memory_for_answers_is_said_before_it_is_taken(capsys):
         for epoch in (1, 2):
             loader.set_epoch(epoch)
     text = "The teacher's answers to 500 views will take 4.0 GB on cpu: fewer views take less\n"
-    assert printed == ["", text, *[""] * 6], "of 2 views nothing is said"
+    assert printed == ["", "", text, *[""] * 13], "of 2 views nothing is said"
 
 
 def test_a_loop_that_sets_no_epoch_learns_the_first_one():

@@ -12,7 +12,15 @@ import torch
 
 import parameters
 from conftest import REPOSITORY
-from parameters import PARAMETERS, TEXTS, check_installed, check_parameters, describe_commit, run_folder
+from parameters import (
+    PARAMETERS,
+    TEXTS,
+    check_installed,
+    check_parameters,
+    describe_commit,
+    run_folder,
+    teacher_epochs,
+)
 
 DEFAULTS = {name: default for name, (default, _, _) in PARAMETERS.items()} | TEXTS
 
@@ -27,7 +35,8 @@ def test_defaults_are_the_notebook_s():
 def test_parameters_of_a_fresh_notebook_pass():
     notebook = {"__name__": "__main__", "_i1": "code", "In": [], "json": math}  # what Jupyter adds
     check_parameters(DEFAULTS | notebook)
-    check_parameters(DEFAULTS | {"TEMPERATURE": 3, "RESUME": 0})  # whole numbers serve as floats
+    check_parameters(DEFAULTS | {"WEIGHT_DECAY": 0, "RESUME": 0})  # whole numbers serve as floats
+    check_parameters(DEFAULTS | {"TEACHER_EPOCHS": 3})
     check_parameters(DEFAULTS | {"torch": torch, "note": "a variable"})  # the cell runs a second time
 
 
@@ -37,6 +46,7 @@ def test_parameters_of_a_fresh_notebook_pass():
         ({"EPOCHS": 0}, "expected EPOCHS to be int from 1 to 10000, found 0"),
         ({"EPOCHS": "many"}, "expected EPOCHS to be int from 1 to 10000, found 'many'"),
         ({"EPOCHS": 2.0}, "expected EPOCHS to be int from 1 to 10000, found 2.0"),
+        ({"TEACHER_EPOCHS": "none"}, "expected TEACHER_EPOCHS to be 'auto' or int from 0 to 10000, found"),
         ({"DROPOUT": 1.0}, "expected DROPOUT to be float from 0.0 to 0.99, found 1.0"),
         ({"LEARNING_RATE": math.nan}, "expected LEARNING_RATE to be float from 1e-06 to 100.0, found nan"),
         ({"RESUME": 2}, "expected RESUME to be bool from False to True, found 2"),
@@ -48,6 +58,14 @@ def test_parameters_of_a_fresh_notebook_pass():
 def test_wrong_parameters_are_named(changes, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         check_parameters(DEFAULTS | changes)
+
+
+@pytest.mark.parametrize(
+    "wanted, epochs, expected",
+    [("auto", 100, 20), ("auto", 60, 20), ("auto", 59, 0), ("auto", 1, 0), (0, 100, 0), (3, 2, 3)],
+)
+def test_short_runs_have_no_teacher_unless_it_is_asked_for(wanted, epochs, expected):
+    assert teacher_epochs(wanted, epochs) == expected
 
 
 def test_a_missing_package_is_named(monkeypatch):
