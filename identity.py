@@ -29,6 +29,7 @@ def complete_recipe(
         **(recipe or {}),
         "epochs": epochs,
         "steps an epoch": len(loaders[0]),
+        "training loader": type(loaders[0]).__name__,  # some make images small at first
         "statistics": "running" if loaders[2] is None else "from images without augmentation",
         "decay of the average": ema_decay,
         "model": model,

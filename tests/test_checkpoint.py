@@ -449,6 +449,10 @@ def test_a_resumed_run_keeps_its_precision(tmp_path, monkeypatch, capsys):
         assert "in float32" not in out and "It was begun on" not in out
 
 
+class SmallFirst(Batches):
+    """In the notebook, a CPU's loader is another than a GPU's."""
+
+
 def test_another_processor_is_named_and_may_have_computed_the_start_differently(
     tmp_path, monkeypatch, capsys
 ):
@@ -462,6 +466,8 @@ def test_another_processor_is_named_and_may_have_computed_the_start_differently(
     _, history = run(tmp_path, start=1e-6)
     assert "net.pt holds 3 of 5 epochs" in capsys.readouterr().out
     assert len(history) == EPOCHS
+    run(tmp_path, SmallFirst(), start=1e-6)
+    assert "is of another run (training loader was Batches, is SmallFirst)" in capsys.readouterr().out
     run(tmp_path, seed=1)
     assert "is of another run (seed was 0, is 1)" in capsys.readouterr().out
 
