@@ -239,8 +239,8 @@ class TaughtLoader:
 
     The teacher must see the very pictures that are learnt from. To spare it time, the
     augmentations of the first `views` epochs come again and again, in new orders, every second
-    time as mirror images. It is asked about the picture and its mirror image; the mean is kept.
-    So this is for pictures that mean the same mirrored, which letters do not.
+    time as mirror images. The teacher is asked about the picture and its mirror image; the mean of
+    both answers is kept. Use it only where a mirrored picture means the same: not for letters.
     Each process asks for itself. If the answers to all views take more than a gigabyte, a line
     says so before they do.
 
@@ -316,7 +316,8 @@ class ProgressiveLoader:
     """The batches of a BatchLoader, with smaller images at first: progressive resizing.
 
     The first third of the epochs has images of half the height and width, the second third of
-    three quarters. So a CPU has time for 1.5 times as many epochs.
+    three quarters. So a CPU has time for more epochs. Before the first `set_epoch` the images are
+    large: `fit` compiles a network for those.
 
     Args:
         epochs: of the whole run.
@@ -330,8 +331,8 @@ class ProgressiveLoader:
     def set_epoch(self, epoch: int) -> None:
         """Use the order and the image size of this epoch, counted from 1."""
         self.loader.set_epoch(epoch)
-        third = (3 * epoch - 1) // self.epochs  # the last epoch, even an only one, is in the last third
-        self.scale = (0.5, 0.75, 1.0)[min(2, third)]
+        part = min(2, (3 * epoch - 1) // self.epochs)  # an epoch beyond the run is like its last
+        self.scale = (0.5, 0.75, 1.0)[part]
 
     def __len__(self) -> int:
         return len(self.loader)

@@ -93,8 +93,8 @@ def fit(
         statistics: a loader of training images without augmentation, the classes mixed in each
             batch. Before each test the batch norms' statistics are computed from these, because
             augmented images have others.
-        compile: use torch.compile, for images as large as in the loader's first batch. It takes
-            up to a minute, which a long run earns back.
+        compile: use torch.compile, for images as large as the loader gives before its first
+            `set_epoch`. It takes up to a minute, which a long run earns back.
         history_file: a CSV file for the history, written after every epoch.
         checkpoint: a file that holds the whole run after its last epoch; see checkpoint.py. If the disk is
             full, the run warns, continues and tries again after the next epoch.
