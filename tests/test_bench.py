@@ -11,9 +11,11 @@ from torch.utils.data import default_collate
 
 import arms
 import bench
+import frontier
 import held_out
 import original
 import peers
+from checkpoint import save_weights
 from dataset import ASSETS, AlbumentationsCIFAR10, train_transform
 from model import Net
 
@@ -136,8 +138,31 @@ def test_the_original_recipe_is_given_minutes(monkeypatch, tmp_path, autocast):
     for row, minutes in zip(rows, (0.001, 0.02), strict=True):
         assert float(row["minutes"]) >= minutes - 0.005  # it is rounded
         assert 0 <= float(row["test_accuracy"]) <= 100
+        assert row["recipe"] in frontier.LINES and int(row["epochs"]) >= 1
         assert ("autocast" in row["recipe"]) == ("--autocast" in row["command"]) == autocast
         assert f"--minutes {minutes} --seed 3" in row["command"]
+
+
+@pytest.mark.parametrize("teacher, expected", [("none", "0"), ("20 epochs, 92.00 % on test", "20")])
+def test_a_whole_run_of_the_notebook_is_a_line_of_the_table(monkeypatch, tmp_path, teacher, expected):
+    def run_notebook(command, check):
+        time.sleep(0.6)
+        assert command[1:] == [tmp_path / "run_notebook.py", *options] and check
+        folder = tmp_path / "runs" / "24-epochs-seed-3"
+        folder.mkdir(parents=True)
+        metadata = {"seed": "3", "epochs": "24", "test_accuracy": "88.12", "teacher": teacher}
+        save_weights(Net(), folder / "net.safetensors", metadata | {"commit": "1234567"})
+
+    (tmp_path / "runs" / "other").mkdir(parents=True)
+    (tmp_path / "runs" / "other" / "net.safetensors").write_bytes(b"of another run")
+    options = ["EPOCHS=24", "SEED=3", "RESUME=false", "DATA=full"]
+    monkeypatch.setattr(frontier, "ROOT", tmp_path)
+    monkeypatch.setattr(frontier.subprocess, "run", run_notebook)
+    row = frontier.measure(["EPOCHS=24", "SEED=3"])
+    assert 0.6 / 60 <= float(row["minutes"]) + 0.005 < 0.1
+    assert row["command"] == f"make notebook {' '.join(options)}"
+    values = [row[name] for name in ("recipe", "seed", "test_accuracy", "epochs", "teacher_epochs", "commit")]
+    assert values == ["ours", "3", "88.12", "24", expected, "1234567"]
 
 
 def test_autocast_and_channels_last_change_no_answer():
