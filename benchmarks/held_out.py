@@ -78,7 +78,7 @@ def findings(rows: Rows) -> Table:
     table = []
     for label, change, epochs, baseline in (
         (
-            "today's, beside the recipe before the teacher",
+            "an earlier recipe with a teacher, beside one without",
             "teacher S, 20 views, no cutout, no label, plain statistics",
             100,
             "notebook",
@@ -123,7 +123,7 @@ def plot(table: Path, picture: Path) -> None:
     errors = 2 * (2 * mean * (100 - mean) / JUDGES) ** 0.5
 
     figure = Figure((9, 1.2 + 0.24 * len(order)), dpi=150, layout="constrained")
-    title = "One change of the recipe, 16 epochs, the teacher's 8; 5,000 images held out from training judge"
+    title = "One change of an earlier recipe, 16 epochs, the teacher's 8; 5,000 held-out images judge"
     figure.suptitle(title, fontsize=11)
     axes = figure.subplots()
     axes.axvspan(-errors, errors, color="#EEEEEE", label="within two standard errors of a difference")
@@ -150,6 +150,12 @@ BRANCH = "from epoch 32 of nothing_2_40, order 0"
 EXPERIMENTS = [  # label, change, epochs, what it is beside
     ("the teacher itself, mean over both mirror images", f"labels 0 itself, {MEAN}", 20, "labels 0 itself"),
     ("the teacher itself, squared loss", "squared 0 itself", 20, "labels 0 itself"),
+    (
+        "… small images first, mean over both mirror images",
+        f"labels 0 itself, growing from 16 pixels, {MEAN}",
+        20,
+        f"labels 0 itself, {MEAN}",
+    ),
     ("answers: mean over both mirror images", "labels 0: mirrored", 20, "labels 0: nothing"),
     (
         "… of two teachers, one with a squared loss",

@@ -25,8 +25,8 @@ from conftest import REPOSITORY, needs_links, not_on_windows
 from parameters import PARAMETERS, TEXTS
 
 FIGURES = 9
-OPTIONS = ["DATA=sample", "EPOCHS=2", "BATCH_SIZE=60"]
-RUN = "runs/sample-2-epochs-seed-0-batch-size-60"
+OPTIONS = ["DATA=sample", "EPOCHS=2", "BATCH_SIZE=60", "TEACHER_EPOCHS=1"]
+RUN = "runs/sample-2-epochs-seed-0-teacher-epochs-1-batch-size-60"
 FILES = {
     "S8.ipynb", "RF Calculations.xlsx", "kernel.log", "history.csv", "teacher_history.csv",
     "net.pt", "net.previous.pt", "net.safetensors", "teacher.pt", "augmentation.png", "confusion_matrix.png",
@@ -121,6 +121,7 @@ def test_committed_notebook_is_one_complete_run_on_the_full_data():
     assert re.findall(epoch, printed) == expected
     last = rows[-1]
     assert int(last["epoch"]) >= 20 and float(last["test_accuracy"]) >= 86.2
+    assert float(re.search(r"Expected calibration error: ([\d.]+) points", printed)[1]) <= 2
     after = f"{float(last['test_accuracy']):.2f} % on test after {last['epoch']} epochs"
     assert after in printed.splitlines()[-1]
 
@@ -165,6 +166,29 @@ def test_a_run_has_its_own_folder_and_changes_nothing_that_git_tracks(whole):
     assert (clone / RUN / "RF Calculations.xlsx").read_bytes() == (
         clone / "RF Calculations.xlsx"
     ).read_bytes()
+
+
+def scale_of_answers(folder) -> float:
+    """By what the last layer's weights were multiplied after the training."""
+    trained = torch.load(folder / "net.pt")["average"]["classifier.weight"]
+    saved = load_file(folder / "net.safetensors")["classifier.weight"]
+    return (saved / trained).mean().item()
+
+
+def test_a_network_that_learnt_softened_answers_is_made_surer(whole):
+    clone, _ = whole
+    assert scale_of_answers(clone / RUN) == pytest.approx(1.5)
+
+
+def test_a_short_run_learns_the_labels_of_growing_images(whole):
+    clone, _ = whole
+    done = run_notebook(clone, "DATA=sample", "EPOCHS=3", "BATCH_SIZE=60")  # of 16, 24 and 32 pixels
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = clone / "runs/sample-3-epochs-seed-0-batch-size-60"
+    missing = {name for name in FILES if name.startswith("teacher")}
+    assert {path.name for path in run.iterdir()} == FILES - missing
+    assert "ProgressiveLoader" in torch.load(run / "net.pt")["recipe"]["loaders"]
+    assert scale_of_answers(run) == 1
 
 
 def test_the_terminal_shows_where_the_run_is_on_lines_of_its_own(whole):
