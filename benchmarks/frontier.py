@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 from safetensors import safe_open
 
-from tables import ROOT, by_minutes  # isort: skip - it makes the next ones possible
+from tables import ROOT, by_minutes, table  # isort: skip - it makes the next ones possible
 from checkpoint import save_figure
 from held_out import append
 from original import describe_machine
@@ -62,7 +62,8 @@ def plot(picture: Path) -> None:
     figure = Figure((9, 5), dpi=150, layout="constrained")
     figure.suptitle("Accuracy by minutes on two CPU cores (Intel Xeon, AMX)", fontsize=13)
     axes = figure.subplots()
-    for recipe in LINES:
+    recorded = {row["recipe"] for row in table("frontier.csv")}
+    for recipe in [recipe for recipe in LINES if recipe in recorded]:
         plot_runs(axes, recipe)
     for name, (level, color, dashes) in LEVELS.items():
         axes.axhline(level, color=color, ls=dashes, lw=1.5, label=f"{name}: {level:.2f} %")
