@@ -84,7 +84,7 @@ def plot_runs(axes: Axes, recipe: str) -> None:
     label, color, mark = LINES[recipe]
     runs = by_minutes(recipe)
     times, scores = ([float(run[name]) for run in runs] for name in ("minutes", "test_accuracy"))
-    axes.plot(times, scores, color=color, marker=mark, lw=1.5, label=label)
+    axes.plot(times, scores, color=color, marker=mark, ls=":", lw=1.5, label=label)
     for run, *place in zip(runs, times, scores):
         if recipe == "ours":
             offset = {"xytext": (0, 8), "textcoords": "offset points"}
