@@ -53,7 +53,7 @@ def check_parameters(values: dict[str, object]) -> None:
 
 
 def teacher_epochs(wanted: int | str, epochs: int) -> int:
-    """For how many epochs the teacher learns. "auto": 20, or none if `Net` learns for fewer than 60."""
+    """The teacher's epochs. "auto": 20, or none if `Net` learns for fewer than 60."""
     if wanted == "auto":
         return 20 if epochs >= 60 else 0
     return wanted
