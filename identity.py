@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable
 from types import CodeType, FunctionType
@@ -130,9 +131,10 @@ def codes_of_functions(scheduler: LRScheduler | None) -> list[list]:
 
 
 def code_of(item: object, outer: tuple) -> list:
-    """A function's instructions, constants and enclosed values; the text of anything else.
+    """A function's instructions, constants, enclosed values and what it uses of its own module.
 
-    `outer` are the functions that enclose this one, which may enclose itself.
+    Of the module these are functions and numbers. Of anything but a function it is the text.
+    `outer` are the functions that enclose or use this one, which may enclose or use itself.
     """
     if any(item is other for other in outer):
         return []
@@ -145,4 +147,14 @@ def code_of(item: object, outer: tuple) -> list:
     for cell in item.__closure__ or ():
         with contextlib.suppress(ValueError):  # it is empty still
             enclosed.append(code_of(cell.cell_contents, (*outer, item)))
+    for name in names_in(item.__code__):
+        value = item.__globals__.get(name)
+        if isinstance(value, (int, float)) or getattr(value, "__globals__", None) is item.__globals__:
+            enclosed.append(code_of(value, (*outer, item)))
     return [code_of(item.__code__, outer), text_of(item.__defaults__), enclosed]
+
+
+def names_in(code: CodeType) -> list[str]:
+    """The names that a function and those inside it look up."""
+    inner = [names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return [*code.co_names, *itertools.chain(*inner)]

@@ -175,3 +175,22 @@ def test_what_a_function_encloses_is_described():
     rates = decay(0.9), decay(0.8), twice(decay(0.9)), twice(decay(0.8)), decay(0.9)
     texts = [describe(optimizer, LambdaLR(optimizer, rate))["schedule"] for rate in rates]
     assert len(set(texts)) == 4 and texts[0] == texts[-1]
+
+
+def test_what_a_function_uses_of_its_module_is_described():
+    def schedule(start=0.1, shape="share + 0", unused=0):
+        module = {}
+        lines = [f"START, UNUSED = {start}, {unused}", f"def rise(share): return START + ({shape})"]
+        exec("\n".join([*lines, "rate = lambda step: [rise(x) for x in [step]][0]"]), module)
+        optimizer = torch.optim.SGD([weight()], 0.1)
+        return describe(optimizer, LambdaLR(optimizer, module["rate"]))["schedule"]
+
+    assert schedule() == schedule(unused=1)
+    assert len({schedule(), schedule(start=0.2), schedule(shape="share * 2")}) == 3
+
+
+def test_functions_that_use_each_other_are_described():
+    module = {}
+    exec("def odd(n): return n and even(n - 1)\ndef even(n): return not n or odd(n - 1)", module)
+    optimizer = torch.optim.SGD([weight()], 0.1)
+    assert "functions" in describe(optimizer, LambdaLR(optimizer, module["even"]))["schedule"]
