@@ -5,6 +5,7 @@ image. A row follows from (seed, epoch, index) alone. So a picture depends neith
 is in, nor on the number of images, the device or the number of processes.
 """
 
+import copy
 import itertools
 import os
 import sys
@@ -234,6 +235,12 @@ class BatchLoader:
             yield from zip(images.split(batch_size), indices.split(batch_size))
 
 
+def counted_from_1(epoch: int) -> int:
+    if epoch < 1:
+        raise ValueError(f"expected an epoch from 1, found {epoch}: count from 1, as fit does")
+    return epoch
+
+
 class TaughtLoader:
     """The batches of a BatchLoader with a teacher's answers: (images, targets, answers).
 
@@ -249,11 +256,12 @@ class TaughtLoader:
         views: how many augmentations of each image there are.
 
     Raises:
-        ValueError: in an epoch, the teacher's answers are not one for each image, or not finite.
+        ValueError: an epoch below 1; in an epoch, the teacher's answers are not one for each image, or not
+            finite.
     """
 
     def __init__(self, loader: BatchLoader, teacher: Callable[[torch.Tensor], torch.Tensor], views: int):
-        self.loader = loader
+        self.loader = copy.copy(loader)  # which others may use meanwhile, for an epoch of theirs
         self.teacher = teacher
         self.views = views
         self.answers: dict[int, torch.Tensor] = {}  # of each view, to all images
@@ -261,14 +269,14 @@ class TaughtLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Use the order of this epoch, counted from 1, and ask the teacher if its view is new."""
-        self.epoch = epoch
+        self.epoch = counted_from_1(epoch)
         rounds, view = divmod(epoch - 1, self.views)
         self.view, self.mirrored = view + 1, rounds % 2 == 1
+        self.loader.set_epoch(epoch, self.view)
         self.ask()
 
     @torch.no_grad()
     def ask(self) -> None:
-        self.loader.set_epoch(self.epoch, self.view)  # again, if others used the loader meanwhile
         if self.view in self.answers:
             return
         count = len(self.loader.images)
@@ -321,16 +329,19 @@ class ProgressiveLoader:
 
     Args:
         epochs: of the whole run.
+
+    Raises:
+        ValueError: an epoch below 1.
     """
 
     def __init__(self, loader: BatchLoader, epochs: int):
-        self.loader = loader
+        self.loader = copy.copy(loader)  # which others may use meanwhile, for an epoch of theirs
         self.epochs = epochs
         self.scale = 1.0
 
     def set_epoch(self, epoch: int) -> None:
         """Use the order and the image size of this epoch, counted from 1."""
-        self.loader.set_epoch(epoch)
+        self.loader.set_epoch(counted_from_1(epoch))
         part = min(2, (3 * epoch - 1) // self.epochs)  # an epoch beyond the run is like its last
         self.scale = (0.5, 0.75, 1.0)[part]
 

@@ -313,6 +313,22 @@ def test_much_memory_for_answers_is_said_before_it_is_taken(capsys):
     assert printed == ["", "", text, *[""] * 13], "of 2 views nothing is said"
 
 
+@pytest.mark.parametrize(
+    "build",
+    [lambda loader: TaughtLoader(loader, channel_means, 2), lambda loader: ProgressiveLoader(loader, 3)],
+)
+def test_epochs_are_counted_from_1_and_the_loader_inside_stays_as_it_was(build):
+    images = AlbumentationsCIFAR10(ASSETS, train=False, transform=train_transform())
+    inner = BatchLoader(images, 150, shuffle=True)
+    first = next(iter(inner))[0]
+    loader = build(inner)
+    with pytest.raises(ValueError, match="expected an epoch from 1, found 0: count from 1, as fit does"):
+        loader.set_epoch(0)
+    loader.set_epoch(3)
+    next(iter(loader))
+    assert torch.equal(next(iter(inner))[0], first), "as the notebook's cell expects that runs again"
+
+
 def test_a_loop_that_sets_no_epoch_learns_the_first_one():
     images = AlbumentationsCIFAR10(ASSETS, train=False, transform=train_transform())
     loader = TaughtLoader(BatchLoader(images, 150, shuffle=True), channel_means, views=2)
