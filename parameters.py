@@ -82,11 +82,19 @@ def run_folder(values: dict[str, object], is_sample: bool) -> Path:
 
 
 def describe_commit() -> str:
-    """The commit of this code in at least 12 digits, with "-dirty" after edits; "unknown" without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    folder = Path(__file__).resolve().parent
+    """The commit of this code in at least 12 digits, with "-dirty" after edits; "unknown" without git.
+
+    A line that a run adds to a table in assets is no edit.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        folder = Path(__file__).resolve().parent
+        return subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", check=True).stdout
+
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", check=True)
+        commit = git("rev-parse", "--short=12", "HEAD").strip()
+        edited = git("status", "--porcelain", "--untracked-files=no", ".", ":!assets/*.csv")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return done.stdout.strip()
+    return f"{commit}-dirty" if edited else commit

@@ -103,11 +103,16 @@ def test_the_commit_is_described(tmp_path, monkeypatch):
     monkeypatch.setattr(parameters, "__file__", str(file))
     assert describe_commit() == "unknown"  # a folder without git
     file.write_text("old")
+    table = tmp_path / "assets" / "runs.csv"
+    table.parent.mkdir()
+    table.write_text("")
     author = ["-c", "user.name=A", "-c", "user.email=a@b.c"]
     for command in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "first"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     commit = describe_commit()
     assert re.fullmatch("[0-9a-f]{12,}", commit)
+    table.write_text("a new line")
+    assert describe_commit() == commit
     file.write_text("new")
     assert describe_commit() == f"{commit}-dirty"
     monkeypatch.setenv("PATH", "")
