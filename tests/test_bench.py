@@ -2,6 +2,7 @@ import csv
 import functools
 import os
 import pickle
+import shutil
 import time
 
 import pytest
@@ -153,9 +154,12 @@ def test_a_whole_run_of_the_notebook_is_a_line_of_the_table(monkeypatch, tmp_pat
         metadata = {"seed": "3", "epochs": "24", "test_accuracy": "88.12", "teacher": teacher}
         save_weights(Net(), folder / "net.safetensors", metadata | {"commit": "1234567"})
 
-    (tmp_path / "runs" / "other").mkdir(parents=True)
-    (tmp_path / "runs" / "other" / "net.safetensors").write_bytes(b"of another run")
+        (tmp_path / "runs" / "other").mkdir()  # of a run that ends at the same time
+        (tmp_path / "runs" / "other" / "net.safetensors").write_bytes(b"")
+
     options = ["EPOCHS=24", "SEED=3", "RESUME=false", "DATA=full"]
+    shutil.copy("S8.ipynb", tmp_path)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(frontier, "ROOT", tmp_path)
     monkeypatch.setattr(frontier.subprocess, "run", run_notebook)
     row = frontier.measure(["EPOCHS=24", "SEED=3"])
