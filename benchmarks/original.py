@@ -1,4 +1,4 @@
-"""The way of the project that this one grew from: the first row of each part of bench.py.
+"""The way of the project that this one grew from: the first rows of bench.py's input, step and epoch.
 
     python benchmarks/original.py --minutes 5 10 20
     python benchmarks/original.py --minutes 5 10 20 --autocast
@@ -196,6 +196,7 @@ def race(
 
 def record(minutes: float, seed: int, autocast: bool) -> dict:
     """Train for this time; returns the line for the table."""
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     images, tests = cifar10_images(train=True), cifar10_images(train=False)
     accuracy, seconds, epochs = race(images, tests, 60 * minutes, seed, autocast)
     options = f"--minutes {minutes:g} --seed {seed}" + " --autocast" * autocast
