@@ -2,11 +2,12 @@
 
     python benchmarks/arms.py answers --seed 1        train a teacher, and keep its answers
     python benchmarks/arms.py run --teachers 0 1      train the network with two teachers' answers
-    python benchmarks/arms.py run heads smoothed      the same with two of the changes below
 
-The network learns the other 40,000 training images, and no test image is used. All runs see the
-same pictures and the same answers, which lie under runs/arms. Each adds a line to
-assets/ablations.csv. The code of older changes is in the commits that their lines name.
+The network learns the other 40,000 training images, and no test image is used. Runs of the same
+code see the same pictures and the same answers, which lie under runs/arms. Each run adds a line to
+assets/ablations.csv. To try a change, edit the recipe, commit it, and give --change its name. The
+code of older changes is in the commits that their lines name.
+
 `scaled_loss` is the held-out loss after the logits are multiplied by one factor, which is fitted on
 half of the images and used on the other half, both ways.
 """
@@ -15,7 +16,6 @@ import argparse
 import os
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,12 +32,12 @@ from batches import BatchLoader
 from dataset import test_transform, train_transform
 from hardware import evaluation_mode, forward, precision, split_for_cache
 from held_out import COMMIT, TABLE, append, images_at
+from identity import text_of
 from model import Net, Teacher, whitening
 from utils import set_seed
 
-FOLDER = Path(os.environ.get("ARMS", ROOT / "runs" / "arms"))
+FOLDER = ROOT / "runs" / "arms"
 HELD_OUT, VIEWS, TEMPERATURE, TEACHER_EPOCHS = 10_000, 16, 2.0, 20
-CHANGES = ("smoothed", "heads")
 
 
 # ---------------------------------------------------------------- images
@@ -60,7 +60,7 @@ def teacher_of(seed: int) -> Teacher:
     loader = learning_images()
     teacher = Teacher(whitening(next(iter(loader))[0]))
     optimizer, schedule = muon.plan(teacher, TEACHER_EPOCHS * len(loader))
-    training_utils.fit(
+    history = training_utils.fit(
         teacher,
         loader,
         held_out(),
@@ -73,6 +73,7 @@ def teacher_of(seed: int) -> Teacher:
         history_file=FOLDER / f"teacher_{seed}.csv",
         recipe={"seed": seed},
     )
+    check_whole(history, TEACHER_EPOCHS)
     return teacher
 
 
@@ -97,119 +98,65 @@ def keep_answers(seed: int) -> None:
     both = (plain.float().softmax(1) + mirrored.float().softmax(1)).log()
     for name, logits in (("one view", plain), ("with its mirror image", both)):
         print(f"teacher {seed}, {name}: {held_out_scores(logits.float(), targets)}", flush=True)
-    for view in range(1, VIEWS + 1):
-        file = answer_file(seed, view)
-        if not file.exists():
-            loader.set_epoch(view)
-            pictures = loader.augmented(torch.arange(len(loader.images)), 1000)
-            torch.save(logits_of(teacher, pictures, 40), file.with_suffix(".partial"))
-            os.replace(file.with_suffix(".partial"), file)
+    views = []
+    for view in tqdm(range(1, VIEWS + 1), "Views"):
+        loader.set_epoch(view)
+        views.append(logits_of(teacher, loader.augmented(torch.arange(len(loader.images)), 1000), 40))
+    kept = {"views": torch.stack(views), "augmentation": text_of(train_transform())}
+    torch.save(kept, answer_file(seed).with_suffix(".partial"))
+    os.replace(answer_file(seed).with_suffix(".partial"), answer_file(seed))
 
 
-def answer_file(seed: int, view: int) -> Path:
-    return FOLDER / f"answers_{seed}_{view}.pt"
+def answer_file(seed: int) -> Path:
+    return FOLDER / f"answers_{seed}.pt"
+
+
+def answers_of(seed: int) -> torch.Tensor:
+    """A teacher's logits (views, images, 2, classes), as `logits_of` returns them for each view.
+
+    Raises:
+        ValueError: they are to other augmentations than today's.
+    """
+    kept = torch.load(answer_file(seed))
+    if kept["augmentation"] != (today := text_of(train_transform())):
+        raise ValueError(
+            f"expected answers to {today}, found some to {kept['augmentation']}: "
+            f"run arms.py answers --seed {seed} again"
+        )
+    return kept["views"]
 
 
 class AnsweredLoader:
-    """Batches (images, targets, answers): the mean of the teachers' answers to both mirror images.
+    """Batches (images, targets, answers): the mean of the teachers' answers to both mirror images."""
 
-    `smoothed`: half of an answer is the mean of the answers to all views of the image.
-    """
-
-    def __init__(self, teachers: list[int], smoothed: bool = False):
+    def __init__(self, teachers: list[int]):
         self.loader = learning_images()
-        self.teachers = teachers
-        self.answers = {}
-        self.mean = sum(map(self.read, range(1, VIEWS + 1))) / VIEWS if smoothed else None
+        self.logits = [answers_of(seed) for seed in teachers]
 
     def set_epoch(self, epoch: int) -> None:
-        self.view = (epoch - 1) % VIEWS + 1
-        self.loader.set_epoch(epoch, self.view)
-        if self.view not in self.answers:
-            answers = self.read(self.view)
-            self.answers[self.view] = answers if self.mean is None else (answers + self.mean) / 2
-
-    def read(self, view: int) -> torch.Tensor:
-        logits = [torch.load(answer_file(seed, view)).float() for seed in self.teachers]
-        return sum((part / TEMPERATURE).softmax(2).mean(1) for part in logits) / len(logits)
+        view = (epoch - 1) % VIEWS
+        self.loader.set_epoch(epoch, view + 1)
+        both = torch.stack([logits[view] for logits in self.logits]).float()
+        self.answers = (both / TEMPERATURE).softmax(3).mean((0, 2))
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self):
         for images, indices in self.loader.augmented(self.loader.order(), self.loader.batch_size):
-            yield images, self.loader.targets[indices], self.answers[self.view][indices]
-
-
-# ---------------------------------------------------------------- the changes
-
-
-class WithHeads(torch.nn.Module):
-    """A `Net` with two more classifiers while it learns, after stages 2 and 3: logits (N, 30), then (N, 10).
-
-    Deeply supervised nets: Lee et al. 2015, arXiv:1409.5185.
-    """
-
-    def __init__(self, net: Net):
-        super().__init__()
-        self.net = net
-        self.heads = torch.nn.ModuleList(self.head(width) for width in (40, 44))
-
-    @staticmethod
-    def head(width: int) -> torch.nn.Sequential:
-        parts = [("conv", torch.nn.Conv2d(width, 64, 3, padding=1, bias=False)), ("relu", torch.nn.ReLU())]
-        parts += [("norm", torch.nn.BatchNorm2d(64)), ("pool", torch.nn.AdaptiveAvgPool2d(1))]
-        parts += [("flat", torch.nn.Flatten()), ("classifier", torch.nn.Linear(64, 10, bias=False))]
-        return torch.nn.Sequential(OrderedDict(parts))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return self.net(x)
-        second = self.net.stage2(self.net.stage1(x))
-        third = self.net.stage3(second)
-        last = self.net.pool(self.net.stage4(third))
-        logits = self.net.classifier(self.net.norm(last)).flatten(1)
-        return torch.cat([logits, self.heads[0](second), self.heads[1](third)], 1)
-
-
-def gradient_step_with_heads(steps: int):
-    """`training_utils.gradient_step` with the losses of `WithHeads`.
-
-    The two heads' count a fifth at first, and nothing in the last fifth of the steps.
-    """
-
-    def gradient_step(model, optimizer, network, scaler):
-        done = 0
-
-        def step(images, targets, answers):
-            nonlocal done
-            share = 0.2 * max(0.0, 1 - done / (0.8 * steps))
-            done += 1
-            logits, *others = forward(network or model, images).split(10, 1)
-            optimizer.zero_grad()
-            heads = sum(F.cross_entropy(part, answers) for part in others)
-            (F.cross_entropy(logits, answers) + share * heads).backward()
-            optimizer.step()
-            return logits.detach()
-
-        return step
-
-    return gradient_step
+            yield images, self.loader.targets[indices], self.answers[indices]
 
 
 # ---------------------------------------------------------------- one run
 
 
-def run(changes: set[str], seed: int, teachers: list[int], epochs: int) -> dict:
-    """Train a `Net` with these changes; returns the line for the table."""
+def run(change: str, seed: int, teachers: list[int], epochs: int) -> dict:
+    """Train a `Net`; returns the line for the table."""
     start = time.perf_counter()
-    loader = AnsweredLoader(teachers, "smoothed" in changes)
+    loader = AnsweredLoader(teachers)
     loader.set_epoch(1)
     set_seed(seed)
     net = Net()
-    if "heads" in changes:
-        net = WithHeads(net)
-        training_utils.gradient_step = gradient_step_with_heads(epochs * len(loader))
     optimizer, schedule = muon.plan(net, epochs * len(loader))
     history = training_utils.fit(
         net,
@@ -222,9 +169,9 @@ def run(changes: set[str], seed: int, teachers: list[int], epochs: int) -> dict:
         statistics=plain_images(),
         compile=True,
     )
-    what = ", ".join(sorted(changes)) or "nothing"
+    check_whole(history, epochs)
     return {
-        "change": f"40,000 images, teacher {' and '.join(map(str, teachers))}: {what}",
+        "change": f"40,000 images, teacher {' and '.join(map(str, teachers))}: {change}",
         "epochs": epochs,
         "seed": seed,
         "held_out": HELD_OUT,
@@ -237,6 +184,12 @@ def run(changes: set[str], seed: int, teachers: list[int], epochs: int) -> dict:
         "commit": COMMIT,
         "command": f"python {' '.join(sys.argv)}",
     }
+
+
+def check_whole(history: list[dict], epochs: int) -> None:
+    """Raise KeyboardInterrupt if a run was stopped: it has no line, and a teacher no answers."""
+    if len(history) < epochs:
+        raise KeyboardInterrupt
 
 
 def plain_images() -> BatchLoader:
@@ -267,19 +220,19 @@ def best_factor(logits: torch.Tensor, targets: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["answers", "run"])
-    parser.add_argument("changes", nargs="*", help=", ".join(CHANGES))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--teachers", type=int, nargs="+", default=[0])
-    arguments = parser.parse_args()
-    for name in set(arguments.changes) - set(CHANGES):
-        parser.error(f"expected changes among {', '.join(CHANGES)}, found {name}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    answers, network = commands.add_parser("answers"), commands.add_parser("run")
+    for command in (answers, network):
+        command.add_argument("--seed", type=int, default=0)
+    network.add_argument("--change", default="nothing", help="the name of what you changed")
+    network.add_argument("--epochs", type=int, default=40)
+    network.add_argument("--teachers", type=int, nargs="+", default=[0])
+    options = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    if arguments.what == "answers":
-        keep_answers(arguments.seed)
+    if options.command == "answers":
+        keep_answers(options.seed)
     else:
-        append(run(set(arguments.changes), arguments.seed, arguments.teachers, arguments.epochs), TABLE)
+        append(run(options.change, options.seed, options.teachers, options.epochs), TABLE)
 
 
 if __name__ == "__main__":
