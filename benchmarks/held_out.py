@@ -149,25 +149,30 @@ PREFIX, MEAN = "40,000 images, teacher ", "the mean over the picture and its mir
 BRANCH = "from epoch 32 of nothing_2_40, order 0"
 EXPERIMENTS = [  # label, change, epochs, what it is beside
     ("the teacher itself, mean over both mirror images", f"labels 0 itself, {MEAN}", 20, "labels 0 itself"),
-    ("the teacher itself, squared loss", "squared 0 itself", 20, "labels 0 itself"),
     (
-        "… small images first, mean over both mirror images",
+        "… and small images first",
         f"labels 0 itself, growing from 16 pixels, {MEAN}",
         20,
         f"labels 0 itself, {MEAN}",
     ),
+    ("the teacher itself, squared loss", "squared 0 itself", 20, "labels 0 itself"),
     ("answers: mean over both mirror images", "labels 0: mirrored", 20, "labels 0: nothing"),
     (
-        "… of two teachers, one with a squared loss",
+        "… and over two teachers, one with a squared loss",
         "labels 0 and squared 0: mirrored",
         20,
         "labels 0: mirrored",
     ),
-    ("standardized logits", "labels 0: mirrored, standardized", 20, "labels 0: mirrored"),
+    ("… and standardized logits", "labels 0: mirrored, standardized", 20, "labels 0: mirrored"),
     ("answers of two like teachers", "0 and 1: nothing", 20, "0: nothing"),
+    (
+        "… and classes that they do not rank first count twice",
+        "0 and 1: decoupled",
+        20,
+        "0 and 1: nothing",
+    ),
+    ("classes that the teacher does not rank first count twice", "0: decoupled", 20, "0: nothing"),
     ("half of an answer is the mean over all views", "0: smoothed", 20, "0: nothing"),
-    ("all classes but the first count twice", "0: decoupled", 20, "0: nothing"),
-    ("… with two teachers", "0 and 1: decoupled", 20, "0 and 1: nothing"),
     ("two more classifiers while it learns", "0: heads", 20, "0: nothing"),
     ("half as many views, also mirrored", "0: half", 20, "0: nothing"),
     ("CutMix, and 0.6 of the peak rates", "0: cutmix, rates", 40, "0: nothing"),
@@ -183,7 +188,12 @@ EXPERIMENTS = [  # label, change, epochs, what it is beside
         40,
         "0: nothing",
     ),
-    ("… radius 0.01", f"0: sharpness 0.01; {BRANCH}", 40, "0: nothing"),
+    (
+        "sharpness-aware steps in the last fifth, radius 0.01",
+        f"0: sharpness 0.01; {BRANCH}",
+        40,
+        "0: nothing",
+    ),
 ]
 
 
