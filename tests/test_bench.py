@@ -241,7 +241,15 @@ def test_answers_are_the_mean_over_teachers_and_mirror_images(monkeypatch, tmp_p
         arms.AnsweredLoader([0, 1])
 
 
-def test_a_stopped_run_has_no_line():
-    arms.check_whole([{}] * 40, 40)
+def test_a_stopped_run_has_no_line_and_a_stopped_teacher_no_answers(monkeypatch, tmp_path):
+    images = AlbumentationsCIFAR10(ASSETS)
+    monkeypatch.setattr(held_out, "training_images", lambda: images)
+    monkeypatch.setattr(arms, "FOLDER", tmp_path)
+    monkeypatch.setattr(arms, "HELD_OUT", 1500)
+    monkeypatch.setattr(arms, "AnsweredLoader", lambda teachers: arms.learning_images())
+    monkeypatch.setattr(arms.training_utils, "fit", lambda *_, epochs, **options: [{}] * (epochs - 1))
     with pytest.raises(KeyboardInterrupt):
-        arms.check_whole([{}] * 39, 40)
+        arms.run("nothing", seed=0, teachers=[0], epochs=2)
+    with pytest.raises(KeyboardInterrupt):
+        arms.keep_answers(seed=0)
+    assert not any(tmp_path.iterdir())
