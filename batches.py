@@ -324,8 +324,7 @@ class ProgressiveLoader:
     """The batches of a BatchLoader, with smaller images at first: progressive resizing.
 
     The first third of the epochs has images of half the height and width, the second third of
-    three quarters. So a CPU has time for more epochs. Before the first `set_epoch` the images are
-    large: `fit` compiles a network for those.
+    three quarters. So a CPU has time for more epochs. Before the first `set_epoch` they are large.
 
     Args:
         epochs: of the whole run.
@@ -333,6 +332,8 @@ class ProgressiveLoader:
     Raises:
         ValueError: an epoch below 1.
     """
+
+    SCALES = 0.5, 0.75, 1.0  # of height and width, in a third of the epochs each
 
     def __init__(self, loader: BatchLoader, epochs: int):
         self.loader = copy.copy(loader)  # which others may use meanwhile, for an epoch of theirs
@@ -343,7 +344,7 @@ class ProgressiveLoader:
         """Use the order and the image size of this epoch, counted from 1."""
         self.loader.set_epoch(counted_from_1(epoch))
         part = min(2, (3 * epoch - 1) // self.epochs)  # an epoch beyond the run is like its last
-        self.scale = (0.5, 0.75, 1.0)[part]
+        self.scale = self.SCALES[part]
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -351,6 +352,16 @@ class ProgressiveLoader:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         scale = self.scale  # of this epoch, even if another one is set meanwhile
         for images, *rest in self.loader:
-            if scale < 1:
-                images = F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)
-            yield images, *rest
+            yield resized(images, scale), *rest
+
+    def examples(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """A batch of each size, for which `fit` compiles the network."""
+        images, *rest = next(iter(self.loader))
+        for scale in self.SCALES:
+            yield resized(images, scale), *rest
+
+
+def resized(images: torch.Tensor, scale: float) -> torch.Tensor:
+    if scale == 1:
+        return images
+    return F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)

@@ -237,8 +237,8 @@ def split_for_cache(images: torch.Tensor) -> Sequence[torch.Tensor]:
 # ---------------------------------------------------------------- speed
 
 
-def compiled(model: nn.Module, images: torch.Tensor) -> Network:
-    """The model, compiled for batches of this shape. Other shapes run uncompiled.
+def compiled(model: nn.Module, *examples: torch.Tensor) -> Network:
+    """The model, compiled for batches of the examples' shapes. Other shapes run uncompiled.
 
     If compilation fails, prints why and returns the model itself. A failure may appear as late as
     the first backward pass, so one is tried here. The model and the random state stay as they
@@ -248,13 +248,14 @@ def compiled(model: nn.Module, images: torch.Tensor) -> Network:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     state = copy.deepcopy(model.state_dict())
     fast = torch.compile(model, dynamic=False)
-    gpus = [images.device] if images.is_cuda else []
+    gpus = [examples[0].device] if examples[0].is_cuda else []
     start = time.perf_counter()
     try:
         with torch.random.fork_rng(gpus), torch.set_grad_enabled(model.training):
-            logits = forward(fast, images)
-            if model.training:
-                logits.sum().backward()
+            for images in examples:
+                logits = forward(fast, images)
+                if model.training:
+                    logits.sum().backward()
     except Exception as error:  # a compiler may raise anything, and the run does not depend on it
         print(f"torch.compile fails here ({type(error).__name__}): continuing without it")
         return model
@@ -263,7 +264,8 @@ def compiled(model: nn.Module, images: torch.Tensor) -> Network:
         model.zero_grad()
     kind = "training" if model.training else "test"
     print(f"torch.compile took {time.perf_counter() - start:.0f} s for the {kind} step")
-    return lambda batch: fast(batch) if batch.shape == images.shape else model(batch)
+    shapes = {images.shape for images in examples}
+    return lambda batch: fast(batch) if batch.shape in shapes else model(batch)
 
 
 class GraphedStep:

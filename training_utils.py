@@ -93,8 +93,8 @@ def fit(
         statistics: a loader of training images without augmentation, the classes mixed in each
             batch. Before each test the batch norms' statistics are computed from these, because
             augmented images have others.
-        compile: use torch.compile, for images as large as the loader gives before its first
-            `set_epoch`. It takes up to a minute, which a long run earns back.
+        compile: use torch.compile, for images as large as the loader's first, or for each size of
+            its `examples()`. It takes half a minute a size, which a long run earns back.
         history_file: a CSV file for the history, written after every epoch.
         checkpoint: a file that holds the whole run after its last epoch; see checkpoint.py. If the disk is
             full, the run warns, continues and tries again after the next epoch.
@@ -246,7 +246,8 @@ def build_steps(
     if several and not on_cpu:
         network = synchronize_batch_norm(model)  # torch.compile may not take it
     elif compile and device.type != "mps":  # for which torch's compiler is a prototype
-        network = compiled(model, tensors_of(next(iter(train_loader)), device)[0])
+        batches = getattr(train_loader, "examples", lambda: [next(iter(train_loader))])()
+        network = compiled(model, *(tensors_of(batch, device)[0] for batch in batches))
         if on_cpu:  # on a GPU a test is too short to earn the compiler's time back
             images = tensors_of(next(iter(test_loader)), device)[0]
             with evaluation_mode(average):

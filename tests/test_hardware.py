@@ -119,15 +119,17 @@ def test_a_compiler_that_fails_in_the_backward_pass_is_not_used(monkeypatch):
     assert compiled(net, torch.zeros(2, 3, 32, 32)) is net
 
 
-def test_batches_of_another_size_run_uncompiled(monkeypatch):
-    sizes = []
+def test_batches_of_other_shapes_run_uncompiled(monkeypatch):
+    shapes = []
     monkeypatch.setattr(
-        torch, "compile", lambda model, **options: lambda images: sizes.append(len(images)) or model(images)
+        torch, "compile", lambda model, **options: lambda images: shapes.append(images.shape) or model(images)
     )
-    network = compiled(Net(), torch.zeros(2, 3, 32, 32))
-    for size in (2, 3, 2):
-        assert network(torch.zeros(size, 3, 32, 32)).shape == (size, 10)
-    assert sizes == [2, 2, 2]  # the first is the trial
+    small, large = torch.zeros(2, 3, 16, 16), torch.zeros(2, 3, 32, 32)
+    network = compiled(Net(), small, large)
+    assert shapes == [small.shape, large.shape]  # the trials
+    for images in (large, torch.zeros(3, 3, 32, 32), small, torch.zeros(2, 3, 24, 24)):
+        assert network(images).shape == (len(images), 10)
+    assert shapes[2:] == [large.shape, small.shape]
 
 
 def test_compiled_for_a_test_means_without_gradients(monkeypatch, capsys):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import dataset
 import hardware
 import training_utils
-from batches import BatchLoader
+from batches import BatchLoader, ProgressiveLoader
 from dataset import ASSETS, AlbumentationsCIFAR10, train_transform
 from model import Net
 from muon import plan
@@ -347,6 +347,24 @@ def test_compiled_networks_are_used_in_training_and_in_tests(monkeypatch):
     fit(model, batches[:1], [test_batch], sgd(model), epochs=1, compile=True)
     tested = [("test", "compiled for", 100), ("training", 8), ("test", 100), ("test", 20)]
     assert calls == [("training", "compiled for", 8), *tested]
+
+
+def test_a_network_is_compiled_for_every_size_of_growing_images(monkeypatch):
+    images = AlbumentationsCIFAR10(ASSETS, train=False, transform=train_transform())
+    loader = ProgressiveLoader(BatchLoader(images, 250, shuffle=True), 3)
+    test_batch = torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=int)
+    prepared, learnt = [], []
+
+    def compiled(model, *examples):
+        if not model.training:
+            return model
+        prepared.extend(images.shape for images in examples)
+        return lambda batch: learnt.append(batch.shape) or model(batch)
+
+    monkeypatch.setattr(training_utils, "compiled", compiled)
+    model = Net()
+    fit(model, loader, [test_batch], sgd(model), epochs=3, compile=True)
+    assert len(prepared) == 3 and set(learnt) == set(prepared)
 
 
 def test_batch_norm_statistics_are_those_of_the_given_images(monkeypatch):
