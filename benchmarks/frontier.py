@@ -81,15 +81,17 @@ def plot(picture: Path) -> None:
 
 
 def plot_runs(axes: Axes, recipe: str) -> None:
-    """A mark for each run; ours say how many epochs they had."""
+    """A mark for each run; ours say how many epochs they had, and whether a teacher."""
     label, color, mark = LINES[recipe]
     runs = by_minutes(recipe)
     times, scores = ([float(run[name]) for run in runs] for name in ("minutes", "test_accuracy"))
     axes.plot(times, scores, color=color, marker=mark, ls=":", lw=1.5, label=label)
     for run, *place in zip(runs, times, scores):
         if recipe == "ours":
-            offset = {"xytext": (0, 8), "textcoords": "offset points"}
-            axes.annotate(f"{run['epochs']} epochs", place, **offset, ha="center", fontsize=8.5)
+            text, offset, side = f"{run['epochs']} epochs", (7, -11), "left"
+            if run["teacher_epochs"] != "0":
+                text, offset, side = f"{text} and a teacher", (-7, 4), "right"
+            axes.annotate(text, place, offset, textcoords="offset points", ha=side, fontsize=8.5)
 
 
 if __name__ == "__main__":
