@@ -362,6 +362,7 @@ class ProgressiveLoader:
 
 
 def resized(images: torch.Tensor, scale: float) -> torch.Tensor:
+    """Images (B, C, H, W) with this share of their height and width."""
     if scale == 1:
         return images
     return F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)

@@ -384,13 +384,13 @@ def experiments() -> str:
 
 @place
 def missed_aim() -> str:
-    """How far the mean over seeds is from the least that today's recipe was to reach."""
-    aim, record = 91.9, runs("today's", 100)
-    short = aim - statistics.mean(accuracy(run) for run in record)
-    return (
-        f"Today's recipe was to reach {aim} % on test in the mean over seeds. It has "
-        f"{mean_and_spread(record)}: {short:.2f} points less, after all that is listed above."
-    )
+    """How far the seeds' mean and the best run of half an hour are from the least they were to reach."""
+    record = runs("today's", 100)
+    half_hour = [row for row in best_by_minutes("ours") if float(row["minutes"]) <= 30]
+    mean, score = statistics.mean(map(accuracy, record)), float(half_hour[-1]["test_accuracy"])
+    text = "Today's recipe was to reach 91.9 % on test in the mean over seeds. It has "
+    text += f"{mean_and_spread(record)}: {91.9 - mean:.2f} points less, after all that is listed above. "
+    return f"{text}A run of 30 minutes was to reach 90 %. It has {score:.2f} %: {90 - score:.2f} points less."
 
 
 @place
