@@ -69,10 +69,9 @@ def history(run: dict[str, str], network: str = "Net") -> list[dict[str, str]]:
 
 
 def runs(recipe: str, epochs: int, machine: str = "") -> list[dict[str, str]]:
-    rows = table("runs.csv")
     return [
         row
-        for row in rows
+        for row in table("runs.csv")
         if row["recipe"] == recipe and row["epochs"] == str(epochs) and machine in row["machine"]
     ]
 
@@ -383,14 +382,17 @@ def experiments() -> str:
 
 
 @place
-def missed_aim() -> str:
-    """How far the seeds' mean and the best run of half an hour are from the least they were to reach."""
-    record = runs("today's", 100)
-    half_hour = [row for row in best_by_minutes("ours") if float(row["minutes"]) <= 30]
-    mean, score = statistics.mean(map(accuracy, record)), float(half_hour[-1]["test_accuracy"])
-    text = "Today's recipe was to reach 91.9 % on test in the mean over seeds. It has "
-    text += f"{mean_and_spread(record)}: {91.9 - mean:.2f} points less, after all that is listed above. "
-    return f"{text}A run of 30 minutes was to reach 90 %. It has {score:.2f} %: {90 - score:.2f} points less."
+def missed_aims() -> str:
+    """The aims that the seeds' mean and the best runs of so many minutes do not reach."""
+    record, rows = runs("today's", 100), []
+    reached = [("100 epochs, mean over seeds", 91.9, statistics.mean(map(accuracy, record)))]
+    for limit, aim in ((30, 90.0), (60, 90.8)):
+        (*_, best) = [row for row in best_by_minutes("ours") if float(row["minutes"]) <= limit]
+        reached.append((f"{limit} minutes, everything counted", aim, float(best["test_accuracy"])))
+    for name, aim, score in reached:
+        if score < aim:
+            rows.append([name, f"{aim} %", f"{score:.2f} %", f"{aim - score:.2f}"])
+    return markdown(["run", "was to reach", "reached", "points less"], rows)
 
 
 @place
