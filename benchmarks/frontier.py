@@ -87,16 +87,15 @@ def plot_runs(axes: Axes, recipe: str) -> None:
     Our marks say how many epochs they had, and whether a teacher.
     """
     label, color, mark = LINES[recipe]
-    axes.plot(*places(by_minutes(recipe)), color=color, marker=mark, ls="", label=label)
+    runs = by_minutes(recipe)
+    axes.plot(*places(runs), color=color, marker=mark, ls="", label=label)
     axes.plot(*places(best_by_minutes(recipe)), color=color, ls=":", lw=1.5)
-    for run in by_minutes(recipe):
+    for run, place in zip(runs, places(runs).T):
         if recipe == "ours":
             text, offset, side = f"{run['epochs']} epochs", (7, -11), "left"
             if run["teacher_epochs"] != "0":
                 text, offset, side = f"{text} and a teacher", (-7, 4), "right"
-            axes.annotate(
-                text, places([run])[:, 0], offset, textcoords="offset points", ha=side, fontsize=8.5
-            )
+            axes.annotate(text, place, offset, textcoords="offset points", ha=side, fontsize=8.5)
 
 
 def places(runs: list[dict[str, str]]) -> np.ndarray:
