@@ -403,7 +403,7 @@ def test_a_record_replaces_what_git_tracks_when_it_is_complete(tmp_path):
     stand_in(tmp_path, WRITE.replace("FINISHED", "100"))
     (tmp_path / "cifar10.py").write_text(STUB)
     (tmp_path / "assets").mkdir()
-    for name in ("assets/history.csv", "assets/seed_history.csv"):
+    for name in ("assets/history.csv", "assets/runs.csv"):
         (tmp_path / name).write_text("old")
     committed(tmp_path)
     folder = tmp_path / "runs/100-epochs-seed-0"
@@ -414,7 +414,7 @@ def test_a_record_replaces_what_git_tracks_when_it_is_complete(tmp_path):
     assert [path.name for path in tmp_path.glob("runs/100-epochs-seed-0.*/*")] == ["old"]
     assets = {path.name: path.read_text() for path in (tmp_path / "assets").iterdir()}
     new = {"history.csv": "epoch\n" * 101, "net.safetensors": "new", "augmentation.png": "new"}
-    assert assets == new | {"seed_history.csv": "old"}
+    assert assets == new | {"runs.csv": "old"}
     assert (tmp_path / "RF Calculations.xlsx").read_text() == "new"
     assert [cell.execution_count for cell in code_cells(tmp_path / "S8.ipynb")] == [1, 2]
     assert (tmp_path / "S8.ipynb").read_bytes() == (folder / "elsewhere.ipynb").read_bytes()
