@@ -174,7 +174,7 @@ EXPERIMENTS = [  # label, change, epochs, what it is beside
     ("classes that the teacher does not rank first count twice", "0: decoupled", 20, "0: nothing"),
     ("half of an answer is the mean over all views", "0: smoothed", 20, "0: nothing"),
     ("two more classifiers while it learns", "0: heads", 20, "0: nothing"),
-    ("half as many views, also mirrored", "0: half", 20, "0: nothing"),
+    ("8 views in place of 16, also mirrored", "0: half", 20, "0: nothing"),
     ("CutMix, and 0.6 of the peak rates", "0: cutmix, rates", 40, "0: nothing"),
     (
         "two orders of the last fifth, averaged",

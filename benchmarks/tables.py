@@ -205,8 +205,8 @@ def results() -> str:
     rows = []
     for recipe, name in (
         ("today's", "today's recipe"),
-        ("without mirror images", "before: an earlier teacher, not asked about mirror images"),
-        ("before the teacher", "before: no teacher"),
+        ("without mirror images", "without mirror images: an earlier teacher"),
+        ("before the teacher", "before the teacher"),
     ):
         several = runs(recipe, 100)
         spans = {}  # of each machine
